@@ -1,0 +1,1 @@
+"""Backbones, attention, feature pyramid, timm registration and checkpoint import."""

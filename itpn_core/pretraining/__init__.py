@@ -1,0 +1,1 @@
+"""Masks, teachers and the objectives of masked feature modeling."""

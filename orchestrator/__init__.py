@@ -1,0 +1,1 @@
+"""Everything that touches the world: Ray, object storage, MLflow, configuration files."""

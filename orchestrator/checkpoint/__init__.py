@@ -1,0 +1,1 @@
+"""Saving and restoring of a training state."""

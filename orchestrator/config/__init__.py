@@ -1,0 +1,1 @@
+"""YAML and dotted overrides to frozen dataclasses, with errors for people."""

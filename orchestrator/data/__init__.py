@@ -1,0 +1,1 @@
+"""Manifest, order, store, decode and loader."""

@@ -1,0 +1,1 @@
+"""Adapters to Ray Train and Ray Jobs."""

@@ -1,0 +1,1 @@
+"""Typed records, the journal, and MLflow as its follower."""
