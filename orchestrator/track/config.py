@@ -1,0 +1,77 @@
+"""Settings of run tracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Where records go and what the follower may take of the machine. None of it can slow a training step."""
+
+    uri: str = field(
+        default="",
+        metadata={"help": "MLflow tracking URI; empty: $MLFLOW_TRACKING_URI, else a sqlite file beside the runs"},
+    )
+    experiment: str = field(default="itpn", metadata={"help": "MLflow experiment that groups comparable runs"})
+    artifact_root: str = field(
+        default="",
+        metadata={"help": "artifact location of a new experiment; empty: beside the database"},
+    )
+    required: bool = field(
+        default=False, metadata={"help": "refuse to start when the server does not answer (never stops a running job)"}
+    )
+    queue_bound: int = field(
+        default=1000, metadata={"help": "most metric points held in memory for shipping; the rest waits in the journal"}
+    )
+    timeout_s: int = field(default=5, metadata={"help": "seconds that one call to the server may take"})
+    upload_timeout_s: int = field(default=300, metadata={"help": "seconds that one artifact upload may stall"})
+    poll_s: float = field(default=1.0, metadata={"help": "seconds between looks at the journal when it was empty"})
+    backoff_max_s: float = field(default=30.0, metadata={"help": "longest pause between tries while the server fails"})
+    segment_mb: float = field(default=8.0, metadata={"help": "journal file size at which the next file is begun"})
+    lag_every_s: float = field(default=30.0, metadata={"help": "seconds between records of tracking/lag_seconds"})
+    system_every_s: float = field(default=15.0, metadata={"help": "seconds between system metrics; 0 turns them off"})
+    figures_every: int = field(default=0, metadata={"help": "steps between figures; 0: only at evaluations"})
+    close_timeout_s: float = field(default=60.0, metadata={"help": "seconds that the end of a job waits for shipping"})
+    registered_model: str = field(
+        default="", metadata={"help": "name under which final weights are registered; empty: not registered"}
+    )
+    description: str = field(default="", metadata={"help": "a sentence about the purpose of this run, shown in the UI"})
+
+    def __post_init__(self) -> None:
+        """Refuse values with which the follower could not work."""
+        for name, least in (("queue_bound", 1), ("timeout_s", 1), ("upload_timeout_s", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"track.{name} is {getattr(self, name)}; allowed: {least} or more")
+        for name in ("poll_s", "backoff_max_s", "segment_mb", "close_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"track.{name} is {getattr(self, name)}; allowed: more than 0")
+        if not self.experiment.strip():
+            raise ValueError("track.experiment is empty; give the MLflow experiment a name, for example itpn")
+
+
+def resolve(config: TrackConfig, runs: Path, environment_uri: str = "") -> TrackConfig:
+    """The same settings with a tracking URI that means the same in every process and working directory.
+
+    Args:
+        config: settings as the user gave them.
+        runs: directory that holds all runs; an unset URI becomes `sqlite:///<runs>/mlflow.db` with an absolute path.
+        environment_uri: value of MLFLOW_TRACKING_URI in the driver ("" when unset); the config's own URI wins.
+
+    Raises:
+        ValueError: a sqlite URI with a relative path (each worker has its own working directory).
+    """
+    uri = config.uri or environment_uri or f"sqlite:///{runs.resolve()}/mlflow.db"
+    path = sqlite_path(uri)
+    if path is not None and not path.is_absolute():
+        raise ValueError(
+            f"tracking URI {uri} names a relative path, which each worker would resolve in its own directory; "
+            f"write sqlite:///{path.resolve()}"
+        )
+    return replace(config, uri=uri)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a sqlite URI, None for any other back end."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
