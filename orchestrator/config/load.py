@@ -1,0 +1,126 @@
+"""From a recipe file and `key=value` words to a frozen dataclass; the only place that knows OmegaConf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from orchestrator.config.errors import ConfigError, nearest
+from orchestrator.config.schema import Leaf, flatten, leaves
+
+T = TypeVar("T")
+
+
+def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str]) -> T:
+    """Builds the configuration: defaults, then the recipe, then the command line.
+
+    Args:
+        schema: dataclass that owns the settings.
+        recipe: YAML file, or None for the defaults alone.
+        overrides: words such as `train.epochs=3`; the value is read as YAML.
+
+    Raises:
+        ConfigError: an unreadable recipe, an unknown key or a value of the wrong type.
+    """
+    known = {leaf.key: leaf for leaf in leaves(schema)}
+    values: dict[str, tuple[Any, str]] = {}
+    if recipe is not None:
+        values |= {key: (value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe)).items()}
+    for word in overrides:
+        key, value = _parse_override(word)
+        values |= {k: (v, "command line") for k, v in flatten({key: value}).items()}
+    return _build(schema, known, values)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a recipe file as plain dictionaries.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {str(path)!r}: {error.strerror}. Give --recipe a YAML file.") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"recipe {str(path)!r} must be a mapping of sections, not {type(tree).__name__}")
+    return cast("dict[str, Any]", tree)
+
+
+def _parse_override(word: str) -> tuple[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"cannot read {word!r}: write settings as key.path=value, for example train.epochs=3")
+    try:
+        return key, yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of {key!r} is not valid YAML: {text!r}. Quote it, or check its brackets") from None
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; people mean the number."""
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _build(schema: type[T], known: dict[str, Leaf], values: dict[str, tuple[Any, str]]) -> T:
+    node = OmegaConf.structured(schema)
+    OmegaConf.set_struct(node, True)
+    OmegaConf.set_readonly(node, False)
+    for key, (raw, source) in values.items():
+        leaf = known.get(key)
+        if leaf is None:
+            raise ConfigError(_unknown_key(key, raw, source, known))
+        value = raw if leaf.type_name == "str" else _numbers(raw)
+        if leaf.choices and value not in leaf.choices:
+            raise ConfigError(
+                f"{key}={value!r} ({source}) is not one of: {', '.join(leaf.choices)}{_did_you_mean(value, leaf)}"
+            )
+        try:
+            # Merging one leaf at a time keeps the key in hand: OmegaConf drops it for tuples.
+            node = OmegaConf.merge(node, OmegaConf.create(_nest(key, value)))
+        except OmegaConfBaseException:
+            raise ConfigError(
+                f"{key}={value!r} ({source}) has the wrong type: expected {leaf.type_name}, got {type(value).__name__}."
+                f" Default: {leaf.default!r}. {leaf.help}"
+            ) from None
+    return cast("T", OmegaConf.to_object(node))
+
+
+def _did_you_mean(value: Any, leaf: Leaf) -> str:
+    guess = nearest(str(value), leaf.choices)
+    return f". Did you mean {guess!r}?" if guess else ""
+
+
+def _unknown_key(key: str, value: Any, source: str, known: dict[str, Leaf]) -> str:
+    below = [k for k in known if k.startswith(f"{key}.")]
+    if below:
+        return f"{key!r} ({source}) is a section and takes no value ({value!r}). It holds: {', '.join(below)}"
+    guess = nearest(key, known)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return f"unknown key {key!r} (value {value!r}, {source}).{hint} --help lists every key."
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    head, _, rest = key.partition(".")
+    return {head: _nest(rest, value) if rest else value}
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal object."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))

@@ -1,0 +1,145 @@
+"""A writable folder that is either a local directory or a prefix in an object store.
+
+Runs (checkpoints, journals, run records) are written through this one door, so that the same code serves a laptop's disk
+and a bucket. Reading of training data, which needs retries and integrity checks, is in the modules beside it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, from_url
+
+
+class StorageError(ValueError):
+    """Storage cannot be reached or refuses; the message names the place and what to check."""
+
+
+class Folder:
+    """Objects under one URI.
+
+    Args:
+        uri: `/absolute/path`, `file:///path`, `s3://bucket/prefix`, `gs://…` or `az://…`. Credentials and, for
+            S3-compatible servers, `AWS_ENDPOINT_URL` come from the environment's standard chain.
+        timeout_s: limit of one request.
+
+    Raises:
+        StorageError: the URI cannot be understood or a local directory cannot be made.
+    """
+
+    def __init__(self, uri: str, timeout_s: float = 60.0) -> None:
+        self.uri = uri.rstrip("/")
+        self._store: Any = _open(self.uri, timeout_s)
+
+    def put(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> bool:
+        """Writes one object atomically: a reader sees all of it or nothing.
+
+        Returns:
+            False when `only_if_absent` and the object was there already; it is left as it was.
+        """
+        try:
+            self._store.put(key, data, mode="create" if only_if_absent else "overwrite")
+        except AlreadyExistsError:
+            return False
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot write {self.uri}/{key}: {_short(error)}") from error
+        return True
+
+    def get(self, key: str) -> bytes:
+        """Reads one object.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+            StorageError: anything else.
+        """
+        try:
+            return bytes(self._store.get(key).bytes())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{key}") from None
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot read {self.uri}/{key}: {_short(error)}") from error
+
+    def download(self, key: str, destination: Path) -> None:
+        """Streams one object into a local file; raises as `get`."""
+        try:
+            with destination.open("wb") as file:
+                for chunk in self._store.get(key):
+                    file.write(chunk)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{key}") from None
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot read {self.uri}/{key}: {_short(error)}") from error
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        try:
+            self._store.head(key)
+        except FileNotFoundError:
+            return False
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot reach {self.uri}/{key}: {_short(error)}") from error
+        return True
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names directly below `prefix` (folders without a trailing slash), sorted."""
+        try:
+            listed = self._store.list_with_delimiter(f"{prefix}/" if prefix else None)
+        except FileNotFoundError:
+            return []
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot list {self.uri}/{prefix}: {_short(error)}") from error
+        paths = [*listed["common_prefixes"], *(item["path"] for item in listed["objects"])]
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Removes objects; what is not there is no error."""
+        try:
+            for key in keys:
+                self._store.delete(key)
+        except FileNotFoundError:
+            return
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot delete in {self.uri}: {_short(error)}") from error
+
+    def delete_tree(self, prefix: str) -> None:
+        """Removes every object below `prefix`, and the empty local directory that is left."""
+        keys = [item["path"] for batch in self._store.list(f"{prefix}/") for item in batch]
+        self.delete(keys)
+        path = self.local_path(prefix)
+        if path is not None and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+    def local_path(self, key: str = "") -> Path | None:
+        """Where an object lies on this machine's disk; None for an object store."""
+        scheme = urlsplit(self.uri).scheme
+        if scheme not in ("", "file"):
+            return None
+        base = Path(self.uri.removeprefix("file://"))
+        return base / key if key else base
+
+
+def _open(uri: str, timeout_s: float) -> Any:
+    parts = urlsplit(uri)
+    try:
+        if parts.scheme in ("", "file"):
+            return LocalStore(Path(uri.removeprefix("file://")).expanduser(), mkdir=True)
+        # An endpoint override means a server of one's own (SeaweedFS, MinIO), which may speak plain http.
+        plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+        return from_url(
+            uri,
+            client_options={"timeout": timedelta(seconds=timeout_s), "allow_http": plain_http},
+            retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=2 * timeout_s)},
+        )
+    except (BaseError, OSError, ValueError) as error:
+        raise StorageError(f"cannot open {uri!r}: {_short(error)}. Use a path, file://, s3://, gs:// or az://") from error
+
+
+def _short(error: BaseException) -> str:
+    """The first line of an error, without the debug dump that obstore appends."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,29 @@
+"""Settings of a launch: which devices, which run, where its files are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What the run asks of the Ray cluster."""
+
+    workers: int = field(default=1, metadata={"help": "training workers; one GPU each when device is cuda"})
+    device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "choices": "auto,cpu,cuda"})
+    cpus_per_worker: float = field(default=1.0, metadata={"help": "CPUs reserved per worker, its loaders included"})
+    max_failures: int = field(default=3, metadata={"help": "restarts of the worker group before the run fails"})
+    start_timeout_s: float = field(
+        default=900.0, metadata={"help": "how long to wait for the workers to start (image pulls and imports included)"}
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Name and place of a run."""
+
+    name: str = field(default="", metadata={"help": "run name; empty = <recipe>-<8 hex of the fields that affect the result>"})
+    storage: str = field(
+        default="", metadata={"help": "folder or URI that holds runs; empty = $ITPN_HOME/runs (~/itpn/runs)"}
+    )
+    stop_deadline_s: float = field(default=45.0, metadata={"help": "time allowed for the last checkpoint after a stop request"})

@@ -1,0 +1,57 @@
+"""Settings of the training engine: what `orchestrator.train` reads, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule and the weight average."""
+
+    lr: float = field(
+        default=1.5e-3,
+        metadata={"help": "peak learning rate at `lr_batch` images; scaled linearly with train.global_batch"},
+    )
+    lr_batch: int = field(default=0, metadata={"help": "global batch that `lr` is meant for; 0 = use `lr` unscaled"})
+    min_lr_ratio: float = field(default=0.01, metadata={"help": "learning rate at the end, as a fraction of the peak"})
+    warmup_fraction: float = field(default=0.05, metadata={"help": "fraction of all steps with linear warm-up"})
+    betas: tuple[float, float] = field(default=(0.9, 0.98), metadata={"help": "AdamW's moment decay rates"})
+    eps: float = field(default=1e-6, metadata={"help": "AdamW's epsilon"})
+    weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices; norms, biases, embeddings have none"})
+    layer_decay: float = field(default=1.0, metadata={"help": "factor of the learning rate per layer below the head"})
+    clip_grad_norm: float = field(default=3.0, metadata={"help": "largest global gradient norm; 0 = no clipping"})
+    average_decay: float = field(
+        default=0.0, metadata={"help": "decay of the averaged weights that are evaluated and exported; 0 = none"}
+    )
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What stops a run before bad numbers reach the weights."""
+
+    spike_factor: float = field(
+        default=0.0, metadata={"help": "skip a step whose gradient norm exceeds this many running means; 0 = never"}
+    )
+    skip_budget: int = field(
+        default=0, metadata={"help": "steps with a non-finite or spiking gradient that may be skipped before a stop"}
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and precision of a run."""
+
+    epochs: int = field(default=1, metadata={"help": "passes over the train split"})
+    global_batch: int = field(default=256, metadata={"help": "images per optimizer step over all workers"})
+    micro_batch: int = field(
+        default=0, metadata={"help": "most images per forward pass and worker; 0 = a worker's whole share"}
+    )
+    precision: str = field(default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the student"})
+    seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
+    log_every: int = field(default=10, metadata={"help": "steps between two reads of losses from the device"})
+    threads: int = field(default=0, metadata={"help": "CPU threads per worker; 0 = the CPUs the worker was given"})
+    max_steps: int = field(default=0, metadata={"help": "stop after this many steps in all; 0 = train.epochs decides"})
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={"help": "AdamW and its schedule"})
+    guard: GuardConfig = field(default_factory=GuardConfig, metadata={"help": "non-finite and spike guard"})

@@ -1,0 +1,110 @@
+"""The one thing that survives a restart. What is not in here may not influence the result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from itpn_core.pretraining.tasks import PretrainTask
+from torch import Tensor
+
+from orchestrator.checkpoint.store import CheckpointError, Snapshot
+from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+
+class WeightAverage:
+    """Exponential moving average of the student's parameters: the weights that are evaluated and exported.
+
+    Args:
+        parameters: (name, parameter) pairs of the student.
+        decay: weight of the past per step; 0 keeps no average.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], decay: float) -> None:
+        self.decay = decay
+        self._live = dict(parameters) if decay else {}
+        self.tensors = {name: p.detach().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the live weights; early steps use a shorter memory so that the start fades."""
+        if self.decay:
+            decay = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchanges average and live weights in place; call twice to get back."""
+        for name, average in self.tensors.items():
+            live = self._live[name]
+            held = live.detach().clone()
+            live.copy_(average)
+            average.copy_(held)
+
+
+@dataclass
+class TrainState:
+    """Everything that a restart needs, by name.
+
+    The data position, the epoch and the learning rate are functions of `step`; every random choice is a function of
+    (seed, epoch, sample id); so neither generators nor loaders are saved.
+    """
+
+    task: PretrainTask
+    """Student, moving-average teacher and target statistics."""
+    optimizer: torch.optim.AdamW
+    average: WeightAverage
+    step: int = 0
+    """Optimizer steps done, skipped ones included: the position in the data."""
+    skipped: list[int] = field(default_factory=list)
+    """Steps whose update the guard refused."""
+    first_loss: float | None = None
+    last_loss: float | None = None
+    best_knn: float | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Measured once before training: untrained, raw pixels, teacher."""
+    quarantined: list[int] = field(default_factory=list)
+    """Sample ids that could not be read and were left out within the budget."""
+    grad_norm_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """Running mean of the gradient norm that the spike guard compares with; on the device."""
+    seconds: float = 0.0
+    """Training seconds of all attempts so far."""
+
+    def snapshot(self, extra: dict[str, Any]) -> Snapshot:
+        """A copy on the host of everything above; the training may go on at once."""
+        tensors = {f"task/{k}": v for k, v in self.task.persistent_state().items()}
+        tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
+        tensors |= {f"average/{k}": v for k, v in self.average.tensors.items()}
+        tensors["guard/grad_norm_mean"] = self.grad_norm_mean
+        host = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        return Snapshot(self.step, host, {**self._scalars(), **extra})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Loads a snapshot in place.
+
+        Raises:
+            CheckpointError: it belongs to another model or optimizer.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"task": {}, "optimizer": {}, "average": {}, "guard": {}}
+        for key, tensor in snapshot.tensors.items():
+            head, _, name = key.partition("/")
+            parts.setdefault(head, {})[name] = tensor
+        try:
+            self.task.load_persistent_state(parts["task"])
+            load_optimizer_tensors(self.optimizer, parts["optimizer"])
+            if self.average.tensors.keys() != parts["average"].keys():
+                raise ValueError("the averaged weights have other names")
+            with torch.no_grad():
+                for name, tensor in parts["average"].items():
+                    self.average.tensors[name].copy_(tensor)
+                self.grad_norm_mean.copy_(parts["guard"]["grad_norm_mean"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this model: {error}") from None
+        for name in self._scalars():
+            setattr(self, name, snapshot.state[name])
+
+    def _scalars(self) -> dict[str, Any]:
+        names = ("step", "skipped", "first_loss", "last_loss", "best_knn", "baselines", "quarantined", "seconds")
+        return {name: getattr(self, name) for name in names}
