@@ -42,7 +42,7 @@ def knn_classify(
     classes = classes or int(bank_labels_N.max()) + 1
     bank_ND = F.normalize(bank_ND.float(), dim=1)
     predictions = []
-    for query_CD in query_MD.tensor_split(range(chunk, query_MD.shape[0], chunk)):
+    for query_CD in query_MD.tensor_split(tuple(range(chunk, query_MD.shape[0], chunk))):
         similarity_CN = F.normalize(query_CD.float(), dim=1) @ bank_ND.T
         similarity_CK, index_CK = similarity_CN.topk(k, dim=1)
         votes_CY = similarity_CK.new_zeros(query_CD.shape[0], classes)

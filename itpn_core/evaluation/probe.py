@@ -43,7 +43,7 @@ def _train(
     steps, step = epochs * math.ceil(total / batch), 0
     for _ in range(epochs):
         order_N = torch.randperm(total, generator=generator).to(features_ND.device)
-        for index_B in order_N.tensor_split(range(batch, total, batch)):
+        for index_B in order_N.tensor_split(tuple(range(batch, total, batch))):
             logits_GBY = features_ND[index_B] @ weight_GDY + bias_G1Y
             target_GB = labels_N[index_B].expand(grid, -1)
             loss_GB = F.cross_entropy(logits_GBY.transpose(1, 2), target_GB, reduction="none")
