@@ -1,0 +1,137 @@
+"""The Fast-iTPN pre-training student: mask at the patch embedding, pyramid, fusion head."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from itpn_core.models.config import ModelConfig
+from itpn_core.models.init import init_fast
+from itpn_core.models.layers import CellConv, layer_norm
+from itpn_core.models.layout import cell_order, to_map
+from itpn_core.models.pyramid import PYRAMID_DIM, Levels, Pyramid, PyramidTrunk
+from itpn_core.models.trunk import StemFeatures
+
+# The published recipe scales the gradient that reaches the patch embedding.
+STEM_GRADIENT_SCALE = 0.1
+
+
+class FastStudent(PyramidTrunk):
+    """Fast-iTPN in pre-training (REFERENCE order: stem, mask, stages, norm, pyramid, fusion, the same norm, head).
+
+    Args:
+        config: shape of the model; `family` must be "fast".
+        target_dim: width T of the teacher's features.
+        pyramid_dim: width of the pyramid levels.
+        stem_gradient_scale: factor on the gradient that reaches the patch embedding (1 switches it off).
+        img_size: (height, width) when not the config's square.
+        kwargs: device and dtype.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        target_dim: int,
+        pyramid_dim: int = PYRAMID_DIM,
+        *,
+        stem_gradient_scale: float = STEM_GRADIENT_SCALE,
+        img_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not config.is_fast:
+            raise ValueError(
+                f"FastStudent needs family='fast', got {config.family!r}: use ClipStudent or PixelStudent."
+            )
+        super().__init__(config, pyramid_dim, img_size=img_size, **kwargs)
+        width = config.embed_dim
+        self.stem_gradient_scale = stem_gradient_scale
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4 * width, **kwargs))
+        self.decoder_embed = nn.ModuleList(
+            nn.Sequential(layer_norm(pyramid_dim, **kwargs), CellConv(pyramid_dim, width, side, **kwargs))
+            for side in (1, 2, 4)
+        )
+        self.norm = layer_norm(width, **kwargs)
+        self.lm_head = nn.Linear(width, target_dim, **kwargs)
+        init_fast(self)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def masked_cells(self, images_B3HW: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        """Embedded cells [B, N, 16, E/4]; all 16 cells of a masked patch become the mask token's."""
+        cells_BNSC = self.embed(images_B3HW)
+        if self.stem_gradient_scale != 1.0:
+            # exact in the forward pass, as the difference is zero
+            cells_BNSC = torch.lerp(cells_BNSC.detach(), cells_BNSC, self.stem_gradient_scale)
+        if mask_BN is None:
+            return cells_BNSC
+        # the token is stored channel-major: index = channel * 16 + row * 4 + column
+        token_SC = cell_order(self.mask_token.view(-1, 16).t()).to(cells_BNSC.dtype)
+        return torch.where(mask_BN[:, :, None, None], token_SC, cells_BNSC)
+
+    def encode(
+        self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None
+    ) -> tuple[Tensor, StemFeatures, Levels]:
+        """Normed stage-3 tokens [B, N, E], stem laterals and pyramid levels."""
+        grid = self.grid_of(*images_B3HW.shape[-2:])
+        keep_BP = self.drop_path_factors(images_B3HW.shape[0], images_B3HW.device, drop_keys_B)
+        stem = self.stem(self.masked_cells(images_B3HW, mask_BN), keep_BP)
+        x_BNE, _ = self.attend(stem.tokens + self.positions(grid), grid, keep_BP)
+        x_BNE = self.norm(x_BNE)
+        return x_BNE, stem, self.levels(x_BNE, stem)
+
+    def head(self, levels: Levels) -> Tensor:
+        """Fuses the levels and predicts teacher features [B, N, T]."""
+        fused = [
+            # concatenate all cells of a patch: the decoder's kernel covers them
+            conv(norm(level).flatten(2))
+            for (norm, conv), level in zip(cast("list[nn.Sequential]", self.decoder_embed), levels, strict=True)
+        ]
+        out: Tensor = self.lm_head(self.norm(fused[0] + fused[1] + fused[2]))
+        return out
+
+    def forward(self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None) -> Tensor:
+        """Predicted teacher features of every patch.
+
+        Args:
+            images_B3HW: normalised images.
+            mask_BN: bool [B, N], True = masked; None masks nothing.
+            drop_keys_B: int64 [B] stochastic-depth keys; None draws from torch's generator.
+
+        Returns:
+            [B, N, T] in row-major patch order.
+        """
+        _, _, levels = self.encode(images_B3HW, mask_BN, drop_keys_B)
+        return self.head(levels)
+
+    def pyramid(self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None) -> Pyramid:
+        """Stage-3 map and the outputs of `fpn_modules` as maps [B, C, H, W]."""
+        x_BNE, _, levels = self.encode(images_B3HW, mask_BN, drop_keys_B)
+        grid = self.grid_of(*images_B3HW.shape[-2:])
+        return Pyramid(to_map(x_BNE, grid), *(to_map(level, grid) for level in levels))
+
+    def export_backbone_state(self) -> dict[str, Tensor]:
+        """Weights of `build_backbone(config)`, which loads them strictly; see `PRETRAINING_ONLY` for what is left."""
+        return export_backbone_state(self)
+
+
+PRETRAINING_ONLY = (
+    "mask_token",
+    "align_dim_",
+    "fpn_modules.",
+    "split_",
+    "block_",
+    "decoder_",
+    "lm_head.",
+    "lm_cls_head.",
+    "cls_pt_layers.",
+    "norm_cls.",
+)
+
+
+def export_backbone_state(student: PyramidTrunk) -> dict[str, Tensor]:
+    """The student's state without what only pre-training uses (names starting with `PRETRAINING_ONLY`)."""
+    state = student.state_dict()
+    # the `norm` of the iTPN flavours belongs to their fusion head, Fast-iTPN's is the final norm of stage 3
+    only = PRETRAINING_ONLY if student.config.is_fast else (*PRETRAINING_ONLY, "norm.")
+    return {name: value for name, value in state.items() if not name.startswith(only)}
