@@ -107,8 +107,9 @@ class Journal:
     def _write(self, line: bytes) -> None:
         if self._fd < 0 or self._size >= self._segment_bytes:
             self._begin_segment()
-        if self._torn:  # a short write left half a line: end it, or it would swallow this record too
+        if self._torn:  # an earlier write left half a line: end it, or it would swallow this record too
             line = b"\n" + line
+        self._torn = True
         count = os.write(self._fd, line)
         self._size += count
         self._torn = count < len(line)

@@ -13,7 +13,7 @@ from typing import Any
 HIDDEN = "[redacted]"
 
 _NAME = re.compile(
-    r"(pass(word|wd|phrase)?|secret|credentials?|api_?key|access_?key(_?id)?|private_?key|signing_?key|auth(orization)?"
+    r"(pass(word|wd|phrase)?|secret(_?key|_?access_?key)?|credentials?|api_?key|access_?key(_?id)?|private_?key|signing_?key|auth(orization)?"
     r"|(^|_)token|bearer|sas_?url|connection_?string|cookie)$",
     re.IGNORECASE,
 )

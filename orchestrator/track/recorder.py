@@ -1,0 +1,286 @@
+"""The facade through which a run tells what happens.
+
+Every method writes one line to the local journal and returns; MLflow follows on another thread. No method touches the
+network, waits for a disk, or raises because of the server or the disk. A `ValueError` means a mistake in the calling
+code (a metric that is not a number, a name MLflow cannot hold) and shows at the first call, whatever the server does.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.track import events
+from orchestrator.track.config import TrackConfig
+from orchestrator.track.follower import Follower, Shipper
+from orchestrator.track.journal import Journal
+from orchestrator.track.redact import Redactor, flatten
+from orchestrator.track.server import RunIdentity, Server
+
+IDENTITY = Path("track") / "run.json"
+_log = logging.getLogger(__name__)
+_METRIC_NAME = re.compile(r"[\w\-. :]+(/[\w\-. :]+)*")
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What the server does not hold when a recorder was closed.
+
+    Attributes:
+        waiting: records in the journal that are not shipped yet.
+        refused: records the server will never take (listed in track/refused.jsonl).
+        lost: records that the local disk did not take.
+        reason: the last error, without credentials.
+        target: the tracking URI, without credentials.
+        replay: command that ships the rest.
+        run_id: the MLflow run ("" when the server never answered).
+    """
+
+    waiting: int
+    refused: int
+    lost: int
+    reason: str
+    target: str
+    replay: str
+    run_id: str
+
+    @property
+    def empty(self) -> bool:
+        """Whether the server holds everything."""
+        return not (self.waiting or self.refused or self.lost)
+
+    def __str__(self) -> str:
+        if self.empty:
+            return f"every record is in MLflow at {self.target} (run {self.run_id})"
+        lines = []
+        if self.waiting:
+            why = f" ({self.reason})" if self.reason else ""
+            lines.append(f"{self.waiting} records are not in MLflow at {self.target} yet{why}; they are safe on disk.")
+            lines.append(f"Ship them later: {self.replay}")
+        if self.refused:
+            lines.append(f"{self.refused} records were refused by MLflow; see track/refused.jsonl in the run directory")
+        if self.lost:
+            lines.append(f"{self.lost} records were lost: the local disk did not take them ({self.reason})")
+        return "\n".join(lines)
+
+
+class Recorder:
+    """Records one process' part of one run.
+
+    Use one recorder per process; several processes of a run (rank 0, the driver before and after it, one per node for
+    system metrics) share the run directory or have one each, and end in one MLflow run found by `run_uid`.
+
+    Args:
+        config: settings with a resolved `uri` (see `orchestrator.track.config.resolve`).
+        run_uid: identity of the run, the same after every restart.
+        directory: the run directory on a local disk.
+        attempt: number of this start of the run, from 1.
+        name: readable run name for the UI.
+        role: who writes ("rank0", "driver", "node1").
+        creates: False for processes that may not create the MLflow run (system metrics of other nodes).
+        secrets: values that may appear nowhere (see `redact.secret_values`).
+        follow: False to write the journal only.
+    """
+
+    def __init__(
+        self,
+        config: TrackConfig,
+        run_uid: str,
+        directory: Path,
+        attempt: int = 1,
+        *,
+        name: str = "",
+        role: str = "rank0",
+        creates: bool = True,
+        secrets: Sequence[str] = (),
+        follow: bool = True,
+    ) -> None:
+        self.directory = Path(directory).absolute()
+        self._config = config
+        self._redactor = Redactor(secrets)
+        self._journal = Journal(self.directory, attempt, role, int(config.segment_mb * (1 << 20)))
+        self._write_identity(run_uid, name)
+        self._known_names: set[str] = set()
+        self._last_step = -1
+        self._lag_step = -1
+        self._server = Server(config, RunIdentity(run_uid, name, creates), self.directory, self._redactor)
+        self._shipper = Shipper(self.directory, self._server, config, own=self._journal.stream)
+        self._follower: Follower | None = None
+        if follow:
+            self._follower = Follower(self._shipper, config, self._record_lag)
+            self._follower.start()
+
+    def _write_identity(self, run_uid: str, name: str) -> None:
+        """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us."""
+        path = self.directory / IDENTITY
+        if not path.exists():
+            body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment}
+            path.write_text(json.dumps(body) + "\n")
+
+    # -- what a run tells -------------------------------------------------------------------------------------------
+
+    def params(self, tree: Mapping[str, Any]) -> None:
+        """Record settings: nested mappings become dotted names, credentials are hidden."""
+        flat = flatten(tree)
+        self._journal.append(events.Params({name: self._redactor.value(name, flat[name]) for name in flat}))
+
+    def tags(self, values: Mapping[str, object]) -> None:
+        """Record facts that may be corrected later; the last value counts."""
+        self._journal.append(events.Tags({name: self._redactor.value(name, values[name]) for name in values}))
+
+    def describe(self, markdown: str) -> None:
+        """Set the description that the UI shows on top of the run."""
+        self._journal.append(events.Tags({"mlflow.note.content": self._redactor.text(markdown)}))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers measured at a step; NaN and infinities are kept as what they are.
+
+        Args:
+            step: optimiser step, 0 or more.
+            values: plain numbers. A tensor on a device is refused: reading it would synchronise the step.
+
+        Raises:
+            ValueError: a value is not a number, or a name has characters other than letters, digits, `_-. :/`.
+        """
+        self._check(values)
+        if values:
+            self._journal.append(events.Metrics(int(step), {name: float(values[name]) for name in values}))
+            self._last_step = max(self._last_step, int(step))
+
+    def _check(self, values: Mapping[str, object]) -> None:
+        for name, value in values.items():
+            if not isinstance(value, (int, float, np.integer, np.floating)):
+                raise ValueError(
+                    f"metric {name!r} is a {type(value).__name__}; allowed: int or float (use tensor.item() at a "
+                    "moment when the device is synchronised anyway)"
+                )
+            if name not in self._known_names:
+                if not _METRIC_NAME.fullmatch(name) or len(name) > 250:
+                    raise ValueError(f"metric name {name!r}: allowed are up to 250 letters, digits, and _-. :/")
+                self._known_names.add(name)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Keep a file or directory with the run; it is read when it is shipped, so leave it in place unchanged.
+
+        Args:
+            path: below the run directory (recorded relative to it), or absolute.
+            folder: place in the run's artifacts, for example "figures".
+        """
+        full = Path(path).absolute()
+        inside = full.is_relative_to(self.directory)
+        self._journal.append(events.Artifact(str(full.relative_to(self.directory) if inside else full), folder))
+
+    def text(self, name: str, content: str, folder: str = "") -> Path:
+        """Write a small text file without credentials and keep it as an artifact (not for the step thread)."""
+        path = self.directory / "track" / "files" / folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._redactor.text(content), encoding="utf-8")
+        self.artifact(path, folder)
+        return path
+
+    def dataset(self, name: str, digest: str, source: str, context: str, facts: Mapping[str, object]) -> None:
+        """Record data that the run uses.
+
+        Args:
+            name: for example "fashion-mnist/train".
+            digest: the manifest's hash (MLflow shows 36 characters).
+            source: path or URI of the shards.
+            context: "training" or "validation".
+            facts: counts worth seeing (samples, shards, classes, bytes).
+        """
+        plain = {key: str(value) for key, value in facts.items()}
+        self._journal.append(events.Dataset(name, digest, self._redactor.shapes(source), context, plain))
+
+    def model(
+        self,
+        weights: Path,
+        config: Mapping[str, Any],
+        *,
+        step: int,
+        aliases: Sequence[str] = ("candidate",),
+        metrics: Mapping[str, float] | None = None,
+        card: str = "",
+    ) -> None:
+        """Pack weights as a loadable model, upload it and register it as a version (all of it on the follower).
+
+        Args:
+            weights: safetensors file of backbone weights.
+            config: the `ModelConfig` as a plain dictionary.
+            step: optimiser step of the weights.
+            aliases: names that shall point at this version.
+            metrics: figures shown with the version.
+            card: model card in Markdown.
+        """
+        name = self._config.registered_model or self._config.experiment
+        full = Path(weights).absolute()
+        inside = full.is_relative_to(self.directory)
+        path = str(full.relative_to(self.directory) if inside else full)
+        figures = dict(metrics or {})
+        card = self._redactor.text(card)
+        self._journal.append(events.Model(path, dict(config), name, tuple(aliases), step, figures, card))
+
+    def state(self, name: str, reason: str = "") -> None:
+        """Record that the run is "running", "finished", "failed" or "killed", with a reason a person can use."""
+        if name not in events.STATES:
+            raise ValueError(f"state {name!r}; allowed: {', '.join(events.STATES)}")
+        self._journal.append(events.State(name, self._redactor.text(reason)))
+
+    # -- its own health ---------------------------------------------------------------------------------------------
+
+    def _record_lag(self, seconds: float, failures: int) -> None:
+        """Called on the follower's thread; at most one value per step, or the server would see a step twice."""
+        step = self._last_step
+        if step > self._lag_step:
+            self._lag_step = step
+            values = {"tracking/lag_seconds": round(seconds, 3), "tracking/failed_tries": float(failures)}
+            self._journal.append(events.Metrics(step, values))
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run's id, "" until the server answered."""
+        return self._server.run_id
+
+    def close_segment(self) -> list[Path]:
+        """End the journal segment; returns every closed segment of this process, to be committed with a checkpoint.
+
+        Segments never change once closed: copy those that run storage lacks, as `<stream>/<file>` (the last two parts
+        of each path), and give them to `journal.restore_segments` on another host.
+        """
+        return self._journal.close_segment()
+
+    def close(self, timeout: float | None = None) -> Backlog:
+        """Stop recording and wait for the follower, at most `timeout` seconds (default: `close_timeout_s`)."""
+        wait = self._config.close_timeout_s if timeout is None else timeout
+        begun = time.monotonic()
+        self._journal.close()
+        error = self._journal.last_error
+        if self._follower is not None:
+            self._follower.finish(wait)
+            error = self._follower.last_error or error
+        backlog = self._backlog(error)
+        if self._follower is None or not self._follower.is_alive():
+            self._journal.lock.release()
+        _log.info("tracking closed after %.1f s: %s", time.monotonic() - begun, backlog)
+        return backlog
+
+    def _backlog(self, error: str) -> Backlog:
+        target = self._redactor.shapes(self._config.uri)
+        replay = f"python jobs/sync_runs.py {shlex.quote(str(self.directory))} --uri {shlex.quote(target)}"
+        return Backlog(
+            waiting=self._shipper.waiting(),
+            refused=self._shipper.refused,
+            lost=self._journal.lost,
+            reason=error,
+            target=target,
+            replay=replay,
+            run_id=self._server.run_id,
+        )

@@ -1,0 +1,328 @@
+"""The door to MLflow: every call to it is in this file (and `model.py`, which packs weights for it).
+
+Only `MlflowClient` is used: the fluent API keeps global state and ends runs it did not begin. All calls happen on a
+follower's thread, never on the caller of a Recorder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from orchestrator.track.config import TrackConfig, sqlite_path
+from orchestrator.track.events import Metrics, Params, Record, State, Tags
+from orchestrator.track.redact import Redactor
+from orchestrator.track.steps import StepSet
+
+RUN_UID: Final = "run_uid"
+_METRICS, _PARAMS, _TAGS = 1000, 100, 50  # the server's limits per request (tags fewer: they may be 8 kB each)
+_PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
+_BAD_NAME = re.compile(r"[^/\w.\- :]")
+_STATUS: Final = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+
+
+class RefusedError(ValueError):
+    """The server will never take this record, however often it is sent."""
+
+
+class RunLostError(RuntimeError):
+    """The run is not on the server any more (database replaced, run deleted): it has to be made again."""
+
+
+class UnreachableError(RuntimeError):
+    """The server does not answer, or not yet; the same call may succeed later."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What makes a run one run, whatever happens to processes and servers.
+
+    Attributes:
+        run_uid: our own identifier, made once and stored beside the checkpoints.
+        name: readable name shown in the UI.
+        creates: whether this process may create the MLflow run. One process of a run may; the others wait for it.
+    """
+
+    run_uid: str
+    name: str = ""
+    creates: bool = True
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Exclusive lock between processes of one host; raises UnreachableError instead of waiting."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise UnreachableError(f"another process holds {path}") from error
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def limit_mlflow(config: TrackConfig) -> None:
+    """Bound what one MLflow call may take, before MLflow is imported.
+
+    With MLflow's own settings one call to a dead server blocked 246 s. It reads these limits from the environment only.
+    Retrying is the follower's business, so MLflow's own retries are off.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(config.timeout_s)
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    os.environ["MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"] = str(config.upload_timeout_s)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("alembic", "mlflow", "urllib3.connectionpool"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Deprecations between MLflow and its own dependencies say nothing to the user of this project.
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(mlflow|sqlalchemy|alembic)(\..*)?$")
+
+
+def open_client(config: TrackConfig) -> Any:
+    """An `MlflowClient` for the configured URI; a new sqlite file is set up under a lock (its set-up is a race)."""
+    limit_mlflow(config)
+    from mlflow import MlflowClient  # seconds to import: here, on the follower's thread
+
+    with translated():
+        path = sqlite_path(config.uri)
+        if path is None:
+            return MlflowClient(config.uri, registry_uri=config.uri)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with file_lock(path.with_suffix(path.suffix + ".lock")):
+            client = MlflowClient(config.uri, registry_uri=config.uri)
+            client.search_experiments(max_results=1)
+        return client
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn what MLflow raises into the three answers a follower can act upon."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        status = error.get_http_status_code()
+        message = str(error)
+        if status == 404 or "must be in the 'active' state" in message:
+            raise RunLostError(message) from error
+        if status == 400:
+            raise RefusedError(message) from error
+        raise UnreachableError(message) from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        raise RefusedError(f"{type(error).__name__}: {error}") from error
+    except FileNotFoundError as error:
+        raise RefusedError(f"file is not there: {error.filename}") from error
+    except (UnreachableError, RunLostError):
+        raise
+    except Exception as error:  # back ends raise their own families (SQL, object stores): all may pass later
+        raise UnreachableError(f"{type(error).__name__}: {error}") from error
+
+
+def check_answers(config: TrackConfig) -> None:
+    """Ask the server once, before a job starts, for users who set `track.required`.
+
+    Raises:
+        UnreachableError: it did not answer within `track.timeout_s`.
+    """
+    try:
+        with translated():
+            open_client(config).search_experiments(max_results=1)
+    except (UnreachableError, RefusedError, RunLostError) as error:
+        uri = Redactor().shapes(config.uri)
+        raise UnreachableError(
+            f"MLflow at {uri} does not answer: {error}. Start it (see docs/tracking.md), correct track.uri, or set "
+            "track.required=false to train now and ship later with jobs/sync_runs.py"
+        ) from error
+
+
+class Server:
+    """One run on one MLflow server.
+
+    Args:
+        config: settings with a resolved URI.
+        identity: which run.
+        directory: the run directory, for artifact paths and the lock around creation.
+        redactor: hides credentials in text artifacts and in error messages.
+    """
+
+    def __init__(self, config: TrackConfig, identity: RunIdentity, directory: Path, redactor: Redactor) -> None:
+        self._config = config
+        self.identity = identity
+        self._directory = directory
+        self._redactor = redactor
+        self._client: Any = None
+        self._existed = False
+        self._seen: dict[str, StepSet] = {}
+        self._params: dict[str, str] = {}
+        self.run_id = ""
+
+    def connect(self) -> str:
+        """Find the run by its tag, or create it. Returns the MLflow run id."""
+        if self.run_id:
+            return self.run_id
+        if self._client is None:
+            self._client = open_client(self._config)
+        with translated(), file_lock(self._directory / "track" / "connect.lock"):
+            found = self._find()
+            self._existed = bool(found)
+            if not found and not self.identity.creates:
+                raise UnreachableError("the run is not on the server yet, and this process does not create it")
+            run_id = found[0] if found else self._create()
+            self._params = dict(self._client.get_run(run_id).data.params) if found else {}
+        self._seen.clear()
+        self.run_id = run_id
+        return run_id
+
+    def forget(self) -> None:
+        """The run was lost on the server: the next `connect` finds or creates it anew."""
+        self.run_id = ""
+        self._seen.clear()
+
+    def _find(self) -> list[str]:
+        """Runs with our tag in any experiment, the oldest first (so that all processes choose the same)."""
+        experiments = [found.experiment_id for found in self._client.search_experiments(max_results=1000)]
+        runs = self._client.search_runs(
+            experiments,
+            filter_string=f"tags.{RUN_UID} = '{self.identity.run_uid}'",
+            order_by=["attributes.start_time ASC"],
+            max_results=10,
+        )
+        return [run.info.run_id for run in runs]
+
+    def _create(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._config.experiment)
+        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
+        run = self._client.create_run(
+            experiment_id, run_name=self.identity.name or self.identity.run_uid, tags={RUN_UID: self.identity.run_uid}
+        )
+        return str(run.info.run_id)
+
+    def _create_experiment(self) -> str:
+        """A relative default artifact location would land in whatever directory this process runs in."""
+        path = sqlite_path(self._config.uri)
+        root = self._config.artifact_root or (f"{path.parent}/artifacts" if path else "")
+        location = f"{root.rstrip('/')}/{_BAD_NAME.sub('_', self._config.experiment)}" if root else None
+        return str(self._client.create_experiment(self._config.experiment, artifact_location=location))
+
+    def remove_ghosts(self) -> int:
+        """Delete empty runs that carry our tag: a create call that timed out may have succeeded unseen."""
+        with translated():
+            ghosts = [run_id for run_id in self._find() if run_id != self.run_id]
+            empty = [run_id for run_id in ghosts if not self._client.get_run(run_id).data.metrics]
+            for run_id in empty:
+                self._client.delete_run(run_id)
+        return len(empty)
+
+    def ship(self, batch: Sequence[Record]) -> None:
+        """Send records; when it returns the server holds them. Sending a record again changes nothing.
+
+        Raises:
+            RefusedError, RunLostError, UnreachableError: see there.
+        """
+        with translated():
+            metrics = [(record.ms, record.event) for record in batch if isinstance(record.event, Metrics)]
+            if metrics:
+                self._ship_metrics(metrics)
+            for record in batch:
+                if not isinstance(record.event, Metrics):
+                    self._ship_other(record)
+
+    def _steps(self, name: str) -> StepSet:
+        """Steps of one metric that the server holds; asked once per metric, and only of a run that existed."""
+        if name not in self._seen:
+            steps = StepSet()
+            if self._existed:
+                held = sorted({point.step for point in self._client.get_metric_history(self.run_id, name)})
+                for step in held:
+                    steps.add(step)
+            self._seen[name] = steps
+        return self._seen[name]
+
+    def _ship_metrics(self, batch: Sequence[tuple[int, Metrics]]) -> None:
+        from mlflow.entities import Metric
+
+        fresh: dict[tuple[str, int], Any] = {}
+        for ms, event in batch:
+            for name, value in event.values.items():
+                key = (name, event.step)
+                if key not in fresh and event.step not in self._steps(name):
+                    fresh[key] = Metric(name, value, ms, event.step)
+        points = list(fresh.items())
+        for start in range(0, len(points), _METRICS):
+            part = points[start : start + _METRICS]
+            try:
+                self._client.log_batch(self.run_id, metrics=[point for _, point in part])
+            except BaseException:
+                # The server may have taken it before the connection broke: ask again what it holds.
+                self._existed = True
+                for name in {name for (name, _), _ in part}:
+                    self._seen.pop(name, None)
+                raise
+            for (name, step), _ in part:
+                self._seen[name].add(step)
+
+    def _ship_other(self, record: Record) -> None:
+        event = record.event
+        if isinstance(event, Params):
+            self._ship_params(event.values, record.attempt)
+        elif isinstance(event, Tags):
+            self._ship_tags(event.values)
+        elif isinstance(event, State):
+            self._ship_state(event, record.ms)
+        else:
+            from orchestrator.track import attachments
+
+            attachments.ship(self._client, self.run_id, event, self._directory, self._redactor)
+
+    def _ship_params(self, values: Mapping[str, str], attempt: int) -> None:
+        """MLflow never changes a param: a resumed run with another value gets a tag that says so."""
+        from mlflow.entities import Param
+
+        wanted = {_BAD_NAME.sub("_", name)[:250]: value[:_PARAM_LENGTH] for name, value in values.items()}
+        changed = {
+            f"config.changed.{name}"[:250]: f"{self._params[name]} -> {value} (attempt {attempt})"
+            for name, value in wanted.items()
+            if self._params.get(name, value) != value
+        }
+        new = [(name, value) for name, value in wanted.items() if name not in self._params]
+        for start in range(0, len(new), _PARAMS):
+            part = new[start : start + _PARAMS]
+            self._client.log_batch(self.run_id, params=[Param(name, value) for name, value in part])
+            self._params.update(part)
+        if changed:
+            self._ship_tags(changed)
+
+    def _ship_tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(_BAD_NAME.sub("_", name)[:250], value[:_TAG_LENGTH]) for name, value in values.items()]
+        for start in range(0, len(tags), _TAGS):
+            self._client.log_batch(self.run_id, tags=tags[start : start + _TAGS])
+
+    def _ship_state(self, event: State, ms: int) -> None:
+        status = _STATUS[event.name]
+        if event.reason:
+            self._ship_tags({"state.reason": event.reason})
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status=status)
+        else:
+            self._client.set_terminated(self.run_id, status=status, end_time=ms)
+
+    def explain(self, error: BaseException) -> str:
+        """One line about an error, without credentials."""
+        return self._redactor.shapes(" ".join(str(error).split()))[:300]
