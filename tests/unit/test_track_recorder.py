@@ -2,6 +2,7 @@ import json
 import math
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def test_worker_then_driver_end_in_one_run(config, tmp_path):
     assert found.data.metrics["eval/knn_top1"] == 0.5
     assert found.inputs.dataset_inputs[0].dataset.name == "photos/train"
     path = client.download_artifacts(backlog.run_id, "notes/note.txt", str(tmp_path))
-    assert open(path).read() == "password: [redacted]\n"
+    assert Path(path).read_text() == "password: [redacted]\n"
     assert json.loads((run / "track" / "run.json").read_text())["run_uid"] == "uid-1"
 
 
