@@ -59,6 +59,9 @@ class ObjectiveConfig:
     target_samples: int = field(
         default=2048, metadata={"help": "images over which the channel statistics of target_norm=channel are taken"}
     )
+    stem_gradient_scale: float = field(
+        default=0.1, metadata={"help": "fast, ema: factor on the gradient of the patch embedding (published: 0.1)"}
+    )
     pyramid_dim: int = field(default=256, metadata={"help": "width of the feature pyramid"})
     mask_laterals: bool = field(
         default=False, metadata={"help": "clip: also mask stage-1/2 features of masked patches (closes the leak)"}

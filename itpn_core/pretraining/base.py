@@ -1,0 +1,220 @@
+"""What all pre-training tasks share: student, teacher, mask and loss behind one interface that the engine calls.
+
+    targets = task.targets(images)                 # no gradient
+    output = task(images, targets, keys)           # per-sample losses
+    output.loss_B.sum() / global_batch -> backward, optimizer step
+    task.ema_update(progress)                      # moves the moving-average teacher, if there is one
+
+Images are float in [0, 1]; the task normalises them for the student and the teacher. Every random choice (mask,
+stochastic depth) derives from `keys_B`. Each sample masks the same number of patches, so losses and gradients add up
+exactly over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from itpn_core.errors import WeightsError
+from itpn_core.evaluation.features import feature_std, rankme
+from itpn_core.models.config import ModelConfig
+from itpn_core.pretraining.config import ObjectiveConfig
+from itpn_core.pretraining.guard import CollapseGuard
+from itpn_core.pretraining.masking import PUBLISHED_RATIO, block_mask, mask_count, uniform_mask
+from itpn_core.pretraining.targets import map_of, plain_layer_norm
+from itpn_core.pretraining.teachers import ImageNorm, Teacher, at_least_float32
+
+PIXEL_MASK_RATIO = 0.75
+
+
+class TaskOutput(NamedTuple):
+    """What one forward pass returns; each entry is a mean over one sample's own tokens.
+
+    Attributes:
+        loss_B: [B], float32 or float64.
+        parts: named [B] tensors without gradient, for the record (not all of them are summands of the loss).
+    """
+
+    loss_B: Tensor  # noqa: N815
+    parts: dict[str, Tensor]
+
+
+class PretrainTask(nn.Module):
+    """What all objectives share: the student, the mask, image normalisation, frozen features, state.
+
+    Args:
+        model: shape of the student.
+        config: the objective.
+        student: the model that is trained.
+        teacher: frozen source of targets, or None. It is not part of the module's state, parameters or hooks.
+    """
+
+    def __init__(self, model: ModelConfig, config: ObjectiveConfig, student: Any, teacher: Teacher | None) -> None:
+        super().__init__()
+        self.model_config = model
+        self.config = config
+        self.student = student
+        self.normalise = ImageNorm(config.mean, config.std)
+        # In a tuple, so that torch does not register it: a frozen teacher must not reach the optimizer, DDP or the
+        # checkpoints. `_apply` below keeps it on the student's device.
+        self._outside = () if teacher is None else (teacher,)
+        self.guard = CollapseGuard(config.guard_fraction, config.guard_steps)
+        self.mask_count = mask_count(student.grid[0] * student.grid[1], self._mask_ratio())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for module in (*self._outside, super()):
+            module._apply(fn, recurse)
+        return self
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The frozen teacher, None for objectives that need none."""
+        return self._outside[0] if self._outside else None
+
+    # --- mask ---
+
+    def _mask_ratio(self) -> float:
+        return self.config.mask_ratio or (PIXEL_MASK_RATIO if self.config.kind == "pixel" else PUBLISHED_RATIO)
+
+    def mask(self, keys_B: Tensor) -> Tensor:
+        """Masks of a batch: bool [B, N], the same count of True in every row."""
+        kind = self.config.mask
+        uniform = kind == "uniform" or (kind == "auto" and self.config.kind == "pixel")
+        return (uniform_mask if uniform else block_mask)(keys_B, self.student.grid, self.mask_count)
+
+    # --- what an objective defines ---
+
+    @abstractmethod
+    def targets(self, images_B3HW: Tensor) -> Any:
+        """Targets of a batch, without gradient; passed on to `forward` unseen."""
+
+    @abstractmethod
+    def forward(self, images_B3HW: Tensor, targets: Any, keys_B: Tensor) -> TaskOutput:
+        """Per-sample losses.
+
+        Args:
+            images_B3HW: float in [0, 1].
+            targets: from `targets` of the same images.
+            keys_B: int64 [B], one key per sample and epoch.
+        """
+
+    @abstractmethod
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Target and prediction as maps [B, C, h, w]."""
+
+    def ema_update(self, progress: float) -> None:
+        """Moves the moving-average teacher one step; nothing to do for other objectives.
+
+        Args:
+            progress: share of the run that is done, 0..1.
+        """
+        del progress
+
+    # --- target statistics ---
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether `fit_target_statistics` must run before the first step of a new run."""
+        return False
+
+    def fit_target_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Takes the targets' channel statistics over a fixed list of images [B, 3, H, W] in [0, 1]."""
+        del batches
+
+    # --- frozen features ---
+
+    @torch.no_grad()
+    def backbone_tokens(self, images_B3HW: Tensor) -> Tensor:
+        """Stage-3 tokens [B, N, E] of whole images after the final norm (parameter-free in the iTPN flavours)."""
+        student, mode = self.student, self.training
+        self.train(False)
+        images_B3HW = self.normalise(images_B3HW)
+        grid = student.grid_of(*images_B3HW.shape[-2:])
+        _, _, tokens_BNE = student.stem(student.embed(images_B3HW))
+        x_BNE, _ = student.attend(tokens_BNE + student.positions(grid), grid)
+        x_BNE = student.norm(x_BNE) if self.model_config.is_fast else plain_layer_norm(x_BNE)
+        self.train(mode)
+        return at_least_float32(x_BNE)
+
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        """The backbone's features for k-NN and probes: [B, E], mean of `backbone_tokens`."""
+        return self.backbone_tokens(images_B3HW).mean(dim=1)
+
+    def teacher_features(self, images_B3HW: Tensor) -> Tensor:
+        """The teacher's features for the same evaluation: [B, C], mean over its map.
+
+        Raises:
+            ValueError: if the objective has no external teacher.
+        """
+        if self.teacher is None:
+            raise ValueError(f"The objective {self.config.kind} has no external teacher.")
+        return self.teacher(images_B3HW).mean(dim=(2, 3))  # type: ignore[no-any-return]
+
+    def health(self, images_B3HW: Tensor) -> dict[str, float]:
+        """Spread and effective rank of the features of a fixed batch; waits for the device, so call it rarely.
+
+        Returns:
+            "std/<level>" and "rankme/<level>" per level.
+        """
+        report: dict[str, float] = {}
+        for name, tokens_BNC in self.levels(images_B3HW).items():
+            rows_ND = plain_layer_norm(tokens_BNC).flatten(0, 1)
+            report[f"std/{name}"] = feature_std(rows_ND).item()
+            report[f"rankme/{name}"] = rankme(rows_ND)
+        return report
+
+    def levels(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """Features whose health is watched, by name: [B, cells, C]."""
+        return {"x16": self.backbone_tokens(images_B3HW)}
+
+    def watch(self, step: int, health: Mapping[str, float]) -> None:
+        """Feeds the collapse guard with a `health` report.
+
+        Raises:
+            CollapseError: if a level has lost its spread for `guard_steps` steps.
+        """
+        self.guard.update(step, {k.removeprefix("std/"): v for k, v in health.items() if k.startswith("std/")})
+
+    def figure(self, images_B3HW: Tensor, keys_B: Tensor) -> dict[str, Tensor]:
+        """Tensors for a picture: what went in, what was hidden, what was asked and what was answered.
+
+        Returns:
+            "input" [B, 3, H, W] in [0, 1], "mask" float [B, 1, h, w], "teacher" and "student" float32 [B, C, h, w].
+        """
+        mode = self.training
+        self.train(False)
+        mask_BN = self.mask(keys_B)
+        with torch.no_grad():
+            teacher, student = self.picture(images_B3HW, mask_BN)
+        self.train(mode)
+        mask = map_of(mask_BN.unsqueeze(2).float(), self.student.grid)
+        return {"input": images_B3HW, "mask": mask, "teacher": teacher.float(), "student": student.float()}
+
+    # --- state ---
+
+    def persistent_state(self) -> dict[str, Tensor]:
+        """All that must survive a restart, by name: weights, moving averages, statistics, guard."""
+        state = dict(self.state_dict())
+        for kind, values in self.guard.state().items():
+            state |= {f"guard/{kind}/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+        return state
+
+    def load_persistent_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up a `persistent_state`.
+
+        Raises:
+            WeightsError: if it belongs to another model or objective.
+        """
+        guard: dict[str, dict[str, float]] = {"first": {}, "low_since": {}}
+        for name in [k for k in state if k.startswith("guard/")]:
+            _, kind, level = name.split("/", 2)
+            guard[kind][level] = state[name].item()
+        try:
+            self.load_state_dict({k: v for k, v in state.items() if not k.startswith("guard/")})
+        except RuntimeError as error:
+            raise WeightsError(f"The saved state does not fit the {self.config.kind} objective: {error}") from error
+        self.guard.load(guard)

@@ -1,0 +1,104 @@
+"""Masked feature modeling against the student's own moving average, at every level of the pyramid.
+
+The paper names the idea ("moving-average backbone", supervision at several stages) but no settings: momentum, target
+normalisation, level weights and predictors are ours (docs/pretraining.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from itpn_core.models.config import ModelConfig
+from itpn_core.models.fast_student import FastStudent
+from itpn_core.models.layers import layer_norm
+from itpn_core.pretraining.base import PretrainTask, TaskOutput
+from itpn_core.pretraining.config import ObjectiveConfig
+from itpn_core.pretraining.targets import map_of, plain_layer_norm, smooth_l1
+from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
+from itpn_core.random import derive
+
+LEVELS = ("p16", "p8", "p4")
+
+
+class HeadlessStudent(FastStudent):
+    """The Fast-iTPN student up to its pyramid: no fusion head, as nothing would train it."""
+
+    def __init__(self, config: ModelConfig, pyramid_dim: int, **kwargs: Any) -> None:
+        super().__init__(config, 1, pyramid_dim, **kwargs)
+        del self.decoder_embed, self.lm_head
+
+
+def predictor(width: int) -> nn.Sequential:
+    """LayerNorm, Linear, GELU, Linear: keeps the student's features from having to equal the targets."""
+    return nn.Sequential(layer_norm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+
+
+class EmaTask(PretrainTask):
+    """EMA MFM: SmoothL1 to the moving average's features of the whole image, over the cells of masked patches.
+
+    The student sees the masked image; the teacher, in evaluation mode, the same crop without a mask. Targets are the
+    three pyramid levels, LayerNorm without affine per cell. Each level's loss is a mean over its cells and channels.
+
+    Args:
+        model: shape of the student (family "fast").
+        config: the objective.
+        image_size: (height, width) of the images.
+    """
+
+    def __init__(self, model: ModelConfig, config: ObjectiveConfig, image_size: Grid) -> None:
+        scale = config.stem_gradient_scale
+        student = HeadlessStudent(model, config.pyramid_dim, stem_gradient_scale=scale, img_size=image_size)
+        super().__init__(model, config, student, None)
+        self.predictors = nn.ModuleList(
+            predictor(config.pyramid_dim) if config.ema_predictor else nn.Identity() for _ in LEVELS
+        )
+        self.ema = EmaTeacher(student)
+        self._weights = tuple(weight / sum(config.level_weights) for weight in config.level_weights)
+
+    @torch.no_grad()
+    def targets(self, images_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """Features of the moving average per level: [B, N, S, F] with S = 1, 4, 16 cells per patch."""
+        _, _, levels = self.ema.module.encode(self.normalise(images_B3HW))
+        levels = [at_least_float32(level) for level in levels]
+        return tuple(levels if self.config.target_norm == "none" else map(plain_layer_norm, levels))
+
+    def _masked_patches(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
+        """Cells of the masked patches [B, M, S, F]; M is the same for every sample, so shapes stay static."""
+        index_BM = mask_BN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.mask_count]
+        index = index_BM[:, :, None, None].expand(-1, -1, *level_BNSF.shape[2:])
+        return level_BNSF.gather(1, index)
+
+    def forward(self, images_B3HW: Tensor, targets: tuple[Tensor, ...], keys_B: Tensor) -> TaskOutput:
+        """Per-sample losses; see `PretrainTask.forward`."""
+        mask_BN = self.mask(keys_B)
+        _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
+        losses: dict[str, Tensor] = {}
+        for name, predict, level, target in zip(LEVELS, self.predictors, levels, targets, strict=True):
+            prediction = predict(self._masked_patches(mask_BN, level))
+            losses[f"loss_{name}"] = smooth_l1(at_least_float32(prediction), self._masked_patches(mask_BN, target))
+        total_B = sum(weight * loss_B for weight, loss_B in zip(self._weights, losses.values(), strict=True))
+        return TaskOutput(total_B, {name: loss_B.detach() for name, loss_B in losses.items()})  # type: ignore[arg-type]
+
+    def ema_update(self, progress: float) -> None:
+        """Moves the teacher one step with the momentum of this moment of the run."""
+        momentum = cosine_momentum(progress, self.config.ema_momentum, self.config.ema_momentum_end)
+        self.ema.update(self.student, momentum)
+
+    @torch.no_grad()
+    def levels(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """The student's pyramid features of whole images per level: [B, cells, F]."""
+        mode = self.training
+        self.train(False)
+        _, _, levels = self.student.encode(self.normalise(images_B3HW))
+        self.train(mode)
+        return {name: at_least_float32(level).flatten(1, 2) for name, level in zip(LEVELS, levels, strict=True)}
+
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Target of the coarsest level and its prediction from the masked image."""
+        _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN)
+        target = self.targets(images_B3HW)[0].flatten(1, 2)
+        prediction = self.predictors[0](levels[0]).flatten(1, 2)
+        return map_of(target, self.student.grid), map_of(prediction, self.student.grid)
