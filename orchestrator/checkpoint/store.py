@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from itpn_core.errors import UserError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +35,7 @@ STATE = "state.json"
 MARKER = "COMMITTED.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint does not fit what it is loaded into; the message names the first difference."""
 
 
@@ -64,6 +65,8 @@ class CheckpointStore:
         self._pending: Future[None] | None = None
         self.last_committed = -1
         """Step of the newest checkpoint this process committed; -1 before the first."""
+        self.last_requested = -1
+        """Step of the newest snapshot that was handed over."""
 
     def save(self, snapshot: Snapshot) -> None:
         """Starts to write a snapshot; waits only when the previous one is still being written.
@@ -72,6 +75,7 @@ class CheckpointStore:
             StorageError: the previous save failed.
         """
         self.wait()
+        self.last_requested = snapshot.step
         self._pending = self._pool.submit(self._write, snapshot)
 
     def wait(self) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from itpn_core.errors import UserError
 
-class ConfigError(ValueError):
+
+class SettingError(UserError):
     """A setting is unknown, of the wrong type or impossible; the message names the key, the value and what is allowed."""
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest_key(word: str, words: Iterable[str]) -> str:
     """The word most like `word`, or an empty string when none is close.
 
     A dotted key is compared as a whole first and then by its last part, so that `train.lr` finds `train.optimizer.lr`.

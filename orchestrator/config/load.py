@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from orchestrator.config.errors import ConfigError, nearest
+from orchestrator.config.errors import SettingError, nearest_key
 from orchestrator.config.schema import Leaf, flatten, leaves
 
 T = TypeVar("T")
@@ -25,7 +27,7 @@ def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str]) -
         overrides: words such as `train.epochs=3`; the value is read as YAML.
 
     Raises:
-        ConfigError: an unreadable recipe, an unknown key or a value of the wrong type.
+        SettingError: an unreadable recipe, an unknown key or a value of the wrong type.
     """
     known = {leaf.key: leaf for leaf in leaves(schema)}
     values: dict[str, tuple[Any, str]] = {}
@@ -41,29 +43,29 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """Reads a recipe file as plain dictionaries.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or is not a mapping.
+        SettingError: the file is missing, is not YAML, or is not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read recipe {str(path)!r}: {error.strerror}. Give --recipe a YAML file.") from None
+        raise SettingError(f"cannot read recipe {str(path)!r}: {error.strerror}. Give --recipe a YAML file.") from None
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise SettingError(f"recipe {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"recipe {str(path)!r} must be a mapping of sections, not {type(tree).__name__}")
+        raise SettingError(f"recipe {str(path)!r} must be a mapping of sections, not {type(tree).__name__}")
     return cast("dict[str, Any]", tree)
 
 
 def _parse_override(word: str) -> tuple[str, Any]:
     key, equals, text = word.partition("=")
     if not equals or not key:
-        raise ConfigError(f"cannot read {word!r}: write settings as key.path=value, for example train.epochs=3")
+        raise SettingError(f"cannot read {word!r}: write settings as key.path=value, for example train.epochs=3")
     try:
         return key, yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise ConfigError(f"the value of {key!r} is not valid YAML: {text!r}. Quote it, or check its brackets") from None
+        raise SettingError(f"the value of {key!r} is not valid YAML: {text!r}. Quote it, or check its brackets") from None
 
 
 def _numbers(value: Any) -> Any:
@@ -85,25 +87,46 @@ def _build(schema: type[T], known: dict[str, Leaf], values: dict[str, tuple[Any,
     for key, (raw, source) in values.items():
         leaf = known.get(key)
         if leaf is None:
-            raise ConfigError(_unknown_key(key, raw, source, known))
+            raise SettingError(_unknown_key(key, raw, source, known))
         value = raw if leaf.type_name == "str" else _numbers(raw)
         if leaf.choices and value not in leaf.choices:
-            raise ConfigError(
+            raise SettingError(
                 f"{key}={value!r} ({source}) is not one of: {', '.join(leaf.choices)}{_did_you_mean(value, leaf)}"
             )
         try:
             # Merging one leaf at a time keeps the key in hand: OmegaConf drops it for tuples.
             node = OmegaConf.merge(node, OmegaConf.create(_nest(key, value)))
         except OmegaConfBaseException:
-            raise ConfigError(
+            raise SettingError(
                 f"{key}={value!r} ({source}) has the wrong type: expected {leaf.type_name}, got {type(value).__name__}."
                 f" Default: {leaf.default!r}. {leaf.help}"
             ) from None
-    return cast("T", OmegaConf.to_object(node))
+    return cast("T", _construct(schema, cast("dict[str, Any]", OmegaConf.to_container(node)), ""))
+
+
+def _construct(schema: type[Any], values: dict[str, Any], where: str) -> Any:
+    """Builds nested dataclasses; what a dataclass refuses by itself is told with the section it stands in.
+
+    Raises:
+        SettingError: a value that its owner does not allow.
+    """
+    hints = typing.get_type_hints(schema)
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(schema):
+        value, hint = values[item.name], hints[item.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            arguments[item.name] = _construct(hint, value, f"{where}.{item.name}" if where else item.name)
+        else:
+            arguments[item.name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return schema(**arguments)
+    except ValueError as error:
+        text = str(error)
+        raise SettingError(text if not where or text.startswith(f"{where}.") else f"{where}: {text}") from None
 
 
 def _did_you_mean(value: Any, leaf: Leaf) -> str:
-    guess = nearest(str(value), leaf.choices)
+    guess = nearest_key(str(value), leaf.choices)
     return f". Did you mean {guess!r}?" if guess else ""
 
 
@@ -111,7 +134,7 @@ def _unknown_key(key: str, value: Any, source: str, known: dict[str, Leaf]) -> s
     below = [k for k in known if k.startswith(f"{key}.")]
     if below:
         return f"{key!r} ({source}) is a section and takes no value ({value!r}). It holds: {', '.join(below)}"
-    guess = nearest(key, known)
+    guess = nearest_key(key, known)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return f"unknown key {key!r} (value {value!r}, {source}).{hint} --help lists every key."
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -23,6 +23,7 @@ class Progress:
     epoch: int = 0
     loss: float = float("nan")
     images_per_second: float = 0.0
+    seconds_per_step: float = 0.0
     note: str = ""
     """A line that is worth keeping in the log, such as where a run was resumed."""
 
@@ -67,7 +68,7 @@ class BoardClient:
     def __init__(self, board: Any, poll_s: float = 0.5) -> None:
         self._board = board
         self._poll_s = poll_s
-        self._latest: Progress | None = None
+        self._latest = Progress("starting")
         self._notes: list[str] = []
         self.stop_reason = ""
         self._end = threading.Event()
@@ -75,10 +76,12 @@ class BoardClient:
         self._thread.start()
 
     def post(self, progress: Progress) -> None:
-        """Replaces what the driver will see next; notes are queued, never dropped."""
+        """Replaces what the driver will see next."""
         self._latest = progress
-        if progress.note:
-            self._notes.append(progress.note)
+
+    def note(self, text: str) -> None:
+        """Queues a line for the driver's output."""
+        self._notes.append(text)
 
     def close(self) -> None:
         """Sends what is left and ends the thread."""
@@ -95,12 +98,9 @@ class BoardClient:
 
     def _exchange(self) -> None:
         latest = self._latest
-        if latest is None:
-            return
-        pending = self._notes[:]
-        for note in pending or [""]:
-            # A note that cannot be delivered is dropped from here only after the actor took it.
-            reason = ray.get(self._board.post.remote(Progress(**{**vars(latest), "note": note})), timeout=10)
+        for note in self._notes[:] or [""]:
+            # A note leaves the queue only after the actor took it.
+            reason = ray.get(self._board.post.remote(replace(latest, note=note)), timeout=10)
             if note:
                 self._notes.remove(note)
             if reason:

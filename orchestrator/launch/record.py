@@ -8,7 +8,7 @@ import uuid
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from orchestrator.config.errors import ConfigError
+from orchestrator.config.errors import SettingError
 from orchestrator.config.schema import flat_values, leaves
 from orchestrator.data.folder import Folder
 
@@ -54,7 +54,7 @@ def open_record(folder: Folder, fields: dict[str, Any], name: str) -> RunRecord:
     """The record of this run name: the stored one when its fields are equal, else a new one.
 
     Raises:
-        ConfigError: the name was used with other settings; all differing keys are listed.
+        SettingError: the name was used with other settings; all differing keys are listed.
     """
     try:
         stored = RunRecord(**json.loads(folder.get(KEY)))
@@ -66,7 +66,7 @@ def open_record(folder: Folder, fields: dict[str, Any], name: str) -> RunRecord:
         if stored.fields.get(key) != fields.get(key)
     ]
     if differing:
-        raise ConfigError(
+        raise SettingError(
             f"run.name={name!r} exists in {folder.uri} with other settings:\n  "
             + "\n  ".join(differing)
             + "\nGive another run.name (or none: a name is made from the settings), or restore these settings."

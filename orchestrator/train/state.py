@@ -63,8 +63,8 @@ class TrainState:
     first_loss: float | None = None
     last_loss: float | None = None
     best_knn: float | None = None
-    baselines: dict[str, float] = field(default_factory=dict)
-    """Measured once before training: untrained, raw pixels, teacher."""
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    """Which queries were classified rightly, by what was measured (untrained, raw pixels, teacher, trained)."""
     quarantined: list[int] = field(default_factory=list)
     """Sample ids that could not be read and were left out within the budget."""
     grad_norm_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -106,5 +106,5 @@ class TrainState:
             setattr(self, name, snapshot.state[name])
 
     def _scalars(self) -> dict[str, Any]:
-        names = ("step", "skipped", "first_loss", "last_loss", "best_knn", "baselines", "quarantined", "seconds")
+        names = ("step", "skipped", "first_loss", "last_loss", "best_knn", "answers", "quarantined", "seconds")
         return {name: getattr(self, name) for name in names}

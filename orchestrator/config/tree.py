@@ -1,0 +1,36 @@
+"""The configuration of a pre-training run: the tree of configs mirrors the tree of objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from itpn_core.models.config import ModelConfig
+from itpn_core.pretraining.config import ObjectiveConfig
+
+from orchestrator.checkpoint.config import CheckpointConfig
+from orchestrator.data.config import DataConfig
+from orchestrator.evaluate.config import EvalConfig
+from orchestrator.launch.config import ClusterConfig, RunConfig
+from orchestrator.track.config import TrackConfig
+from orchestrator.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything `jobs/pretrain.py` can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the backbone"})
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig, metadata={"help": "what is predicted"})
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "shards, order and augmentation"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "length, batch, precision, optimizer"})
+    eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "k-NN on held-out images"})
+    checkpoint: CheckpointConfig = field(
+        default_factory=CheckpointConfig, metadata={"help": "saving", "affects_result": False}
+    )
+    track: TrackConfig = field(
+        default_factory=TrackConfig, metadata={"help": "MLflow and the journal", "affects_result": False}
+    )
+    cluster: ClusterConfig = field(
+        default_factory=ClusterConfig, metadata={"help": "workers and devices", "affects_result": False}
+    )
+    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})

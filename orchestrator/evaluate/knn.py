@@ -1,0 +1,146 @@
+"""k-NN of frozen features by one fixed protocol, for the student and for what it must beat.
+
+Protocol: the bank is `eval.bank` images at equal distances over the train split, the queries are the val split (or its
+`eval.queries` images at equal distances); resize and centre crop, no augmentation; cosine similarity, `eval.k`
+neighbours, votes weighted by similarity. Student and teacher features are the mean over positions of the feature map
+(the student's after its final norm); raw pixels are the grey values at `eval.raw_size`, plain or centred per image,
+whichever is better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from itpn_core.evaluation import accuracy, feature_std, knn_classify, paired_difference, rankme, raw_pixel_features
+from itpn_core.pretraining.tasks import PretrainTask
+from torch import Tensor
+
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.loader import EvalView
+from orchestrator.data.manifest import Manifest
+from orchestrator.evaluate.features import Extract, collect
+from orchestrator.train.context import RunContext
+from orchestrator.train.statistics import spread_ids
+from orchestrator.train.step import autocast_dtype
+
+
+class Evaluator:
+    """Measures a task's student, and once its baselines; remembers who was right for paired comparisons."""
+
+    def __init__(self, config: PretrainConfig, run: RunContext, manifest: Manifest) -> None:
+        self._config = config
+        self._run = run
+        self._train = manifest.split(config.data.train_split)
+        self._val = manifest.split(config.data.val_split)
+
+    def __call__(self, task: PretrainTask, step: int, known: dict[str, list[int]]) -> dict[str, float]:
+        """Evaluates; collective.
+
+        Args:
+            task: student and teacher.
+            step: 0 measures the untrained student and, when asked, the baselines.
+            known: which queries earlier measurements got right (indices), by name; filled here.
+
+        Returns:
+            Metrics by name; the same on every rank.
+        """
+        task.eval()
+        try:
+            metrics = self._student(task, "untrained" if step == 0 else "trained", known)
+            if step == 0 and self._config.eval.baselines:
+                metrics |= self._baselines(task, known)
+        finally:
+            task.train()
+        return metrics
+
+    def _student(self, task: PretrainTask, name: str, known: dict[str, list[int]]) -> dict[str, float]:
+        features = self._features(self._in_precision(task.features), self._config.data)
+        top1 = self._score(name, *features, known)
+        bank_ND = features[0]
+        return {
+            "eval/knn_top1": top1,
+            "eval/rankme": rankme(bank_ND[:2048]),
+            "eval/feature_std": float(feature_std(bank_ND)),
+        }
+
+    def _baselines(self, task: PretrainTask, known: dict[str, list[int]]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        raw = replace(self._config.data, image_size=self._config.eval.raw_size)
+        best: tuple[float, dict[str, list[int]]] | None = None
+        for centred in (False, True):
+            answers: dict[str, list[int]] = {}
+            top1 = self._score("raw pixels", *self._features(_raw(centred), raw), answers)
+            if best is None or top1 > best[0]:
+                best = top1, answers
+        assert best is not None  # noqa: S101 -- the loop ran
+        known |= best[1]
+        metrics["eval/knn_top1_raw_pixels"] = best[0]
+        if task.teacher_features is not None:
+            features = self._features(self._in_precision(task.teacher_features), self._config.data)
+            metrics["eval/knn_top1_teacher"] = self._score("teacher", *features, known)
+        return metrics
+
+    def _in_precision(self, extract: Extract) -> Extract:
+        dtype = autocast_dtype(self._config.train.precision, self._run.device)
+
+        def run(images_u8_B3HW: Tensor) -> Tensor:
+            images = images_u8_B3HW.float() / 255
+            if self._config.train.precision == "fp64":
+                images = images.double()
+            with torch.autocast(self._run.device.type, dtype, enabled=dtype is not None):
+                return extract(images)
+
+        return run
+
+    def _features(self, extract: Extract, data: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        config, run = self._config.eval, self._run
+        bank = EvalView(ids=spread_ids(self._train.samples, config.bank))
+        query = EvalView(ids=spread_ids(self._val.samples, config.queries or self._val.samples))
+        place = (config.batch, run.rank, run.world, run.device)
+        return (*collect(extract, data, self._train, bank, *place), *collect(extract, data, self._val, query, *place))
+
+    def _score(
+        self, name: str, bank_ND: Tensor, bank_N: Tensor, query_MD: Tensor, query_M: Tensor, known: dict[str, list[int]]
+    ) -> float:
+        device = self._run.device
+        predicted = knn_classify(
+            bank_ND.to(device), bank_N.to(device), query_MD.to(device), k=self._config.eval.k,
+            classes=len(self._train.classes),
+        )  # fmt: skip
+        correct_M = predicted.cpu() == query_M
+        known[name] = torch.nonzero(correct_M).flatten().tolist()
+        return accuracy(correct_M).value
+
+    def summary(self, known: dict[str, list[int]]) -> dict[str, Any]:
+        """Accuracies with standard errors, paired differences of the trained student, and the protocol in words."""
+        queries = self._config.eval.queries or self._val.samples
+        correct = {name: _flags(indices, queries) for name, indices in known.items()}
+        knn = {f"k-NN {name}": (accuracy(c).value, accuracy(c).standard_error) for name, c in correct.items()}
+        differences = []
+        for other in ("untrained", "raw pixels", "teacher"):
+            if "trained" in correct and other in correct:
+                gain = paired_difference(correct["trained"], correct[other])
+                differences.append(
+                    f"trained - {other}: {100 * gain.value:+.2f} points"
+                    f" (standard error of the paired difference {100 * gain.standard_error:.2f})"
+                )
+        protocol = (
+            f"cosine k-NN, k={self._config.eval.k}, bank {self._config.eval.bank} of {self._train.samples} train images,"
+            f" {queries} val queries, similarity-weighted vote"
+        )
+        return {"knn": knn, "differences": differences, "protocol": protocol}
+
+
+def _raw(centred: bool) -> Extract:
+    def extract(images_u8_B3HW: Tensor) -> Tensor:
+        return raw_pixel_features(images_u8_B3HW.float().mean(dim=1, keepdim=True), centred)
+
+    return extract
+
+
+def _flags(indices: list[int], count: int) -> Tensor:
+    flags_M = torch.zeros(count, dtype=torch.bool)
+    flags_M[torch.tensor(indices, dtype=torch.int64)] = True
+    return flags_M

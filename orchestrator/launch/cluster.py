@@ -1,0 +1,94 @@
+"""Connecting to Ray, and finding out in seconds whether the cluster can ever run what is asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from itpn_core.errors import UserError
+
+from orchestrator.launch.config import ClusterConfig
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each worker gets."""
+
+    workers: int
+    cpus: float
+    gpus: int
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one worker in Ray's words."""
+        return {"CPU": self.cpus, "GPU": self.gpus} if self.gpus else {"CPU": self.cpus}
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Joins the cluster that `RAY_ADDRESS` names (set inside a submitted job), else starts Ray on this machine.
+
+    Raises:
+        UserError: the cluster cannot be reached.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    # The controller looks at its workers this often; at Ray's 2 s a short run spends its time waiting for reports.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
+    try:
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            cpus = max(os.cpu_count() or 1, int(config.workers * config.cpus_per_worker + 0.999))
+            ray.init(
+                address="local",
+                num_cpus=cpus if config.device != "cuda" else None,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
+        raise UserError(f"cannot connect to {where}: {str(error).splitlines()[0]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def request(config: ClusterConfig) -> Resources:
+    """Resources per worker, checked against what the connected cluster could ever give.
+
+    Raises:
+        UserError: the cluster is too small; the message says what is asked and what is there.
+    """
+    have = ray.cluster_resources()
+    gpus = int(have.get("GPU", 0))
+    use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
+    asked = Resources(config.workers, config.cpus_per_worker, 1 if use_gpu else 0)
+    if use_gpu and gpus < config.workers:
+        raise UserError(
+            f"cluster.workers={config.workers} needs {config.workers} GPUs, the cluster has {gpus}: "
+            f"set cluster.workers={gpus or 1}{'' if gpus else ' and cluster.device=cpu'}, or add nodes"
+        )
+    room = sum(_workers_that_fit(node, asked) for node in _nodes())
+    if room < config.workers:
+        raise UserError(
+            f"cluster.workers={config.workers} with cluster.cpus_per_worker={config.cpus_per_worker:g} needs "
+            f"{config.workers * config.cpus_per_worker:g} CPUs; the cluster has {have.get('CPU', 0):g} "
+            f"and room for {room} such workers. Ask for fewer workers or CPUs, or add nodes"
+        )
+    return asked
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _workers_that_fit(node: dict[str, float], asked: Resources) -> int:
+    fits = [int(node.get(name, 0) / amount) for name, amount in asked.bundle.items() if amount]
+    return min(fits) if fits else asked.workers

@@ -1,0 +1,56 @@
+"""The end of a run: the table that a person reads, and the state that the tracking server shows."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.folder import Folder
+from orchestrator.launch.place import local_directory
+from orchestrator.launch.record import RunRecord
+from orchestrator.launch.show import duration, table
+from orchestrator.track.recorder import Recorder
+from orchestrator.track.redact import secret_values
+
+# The run states that MLflow knows; "stopped" on request is its KILLED.
+MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
+
+
+def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state: str, reason: str) -> None:
+    """Tells the tracking server how the run ended; says where the backlog is when the server does not answer."""
+    recorder = Recorder(
+        config.track,
+        record.run_uid,
+        local_directory(folder, record.run_uid),
+        record.attempts,
+        name=config.run.name,
+        role="driver",
+        secrets=secret_values(os.environ),
+    )
+    recorder.tags({"run.state": state})
+    recorder.state(MLFLOW_STATE[state], reason)
+    backlog = recorder.close()
+    if not backlog.empty:
+        print(f"warning: {backlog}")
+
+
+def end_table(config: PretrainConfig, folder: Folder, outcome: dict[str, Any]) -> str:
+    """What a run achieved, in about ten lines."""
+    rows = [
+        ("run", config.run.name),
+        ("files", folder.uri),
+        ("tracking", config.track.uri),
+        ("steps", f"{outcome['step']} of {config.train.global_batch} images, {duration(outcome['seconds'])} of training"),
+        ("loss", f"{outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}"),
+        ("images/s", f"{outcome['images_per_second']:.0f}"),
+    ]
+    rows += [(name, _accuracy(*value)) for name, value in outcome["knn"].items()]
+    rows += [("difference", line) for line in outcome["differences"]]
+    rows.append(("protocol", outcome["protocol"]))
+    rows.append(("see it", "make ui"))
+    return table(rows)
+
+
+def _accuracy(top1: float, standard_error: float) -> str:
+    return f"{100 * top1:.2f} % +- {100 * standard_error:.2f} (standard error)"

@@ -1,0 +1,47 @@
+"""Where things are when nobody says otherwise: resolved once, by the driver, into absolute places."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.track.config import resolve as resolve_tracking
+
+
+def home(environment: Mapping[str, str] = os.environ) -> Path:
+    """`$ITPN_HOME`, by default `~/itpn`: holds `data/` and `runs/` for this account.
+
+    It is not the repository, because a submitted job runs in a temporary copy of that.
+    """
+    return Path(environment.get("ITPN_HOME", "~/itpn")).expanduser().absolute()
+
+
+def resolve(config: PretrainConfig, environment: Mapping[str, str] = os.environ) -> PretrainConfig:
+    """The same configuration with every place absolute, so that it means the same on every host.
+
+    Empty places are below `$ITPN_HOME`, relative ones below the working directory; environment variables are read here
+    and nowhere below.
+    """
+    base = home(environment)
+    storage = _absolute(config.run.storage or f"{base}/runs")
+    local = "://" not in storage
+    track = resolve_tracking(
+        config.track, Path(storage) if local else base / "runs", environment.get("MLFLOW_TRACKING_URI", "")
+    )
+    store = config.data.store
+    if not store.endpoint and environment.get("AWS_ENDPOINT_URL"):
+        store = replace(store, endpoint=environment["AWS_ENDPOINT_URL"])
+    data = replace(
+        config.data,
+        source=_absolute(config.data.source or f"{base}/data/fashion-mnist"),
+        image_size=config.data.image_size or config.model.img_size,
+        store=store,
+    )
+    return replace(config, data=data, track=track, run=replace(config.run, storage=storage))
+
+
+def _absolute(place: str) -> str:
+    return place.rstrip("/") if "://" in place else str(Path(place).expanduser().absolute())

@@ -1,0 +1,13 @@
+"""Where one host keeps a run's local files."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from orchestrator.data.folder import Folder
+
+
+def local_directory(folder: Folder, run_uid: str) -> Path:
+    """Where this host keeps the journal of a run: in the run folder when that is a local disk, else in a scratch place."""
+    return folder.local_path() or Path(tempfile.gettempdir()) / f"itpn-run-{run_uid}"

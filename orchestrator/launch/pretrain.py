@@ -1,0 +1,146 @@
+"""The driver of a pre-training run: checks first, then Ray Train, then the end table."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.folder import Folder
+from orchestrator.launch.board import open_board, watch
+from orchestrator.launch.check import check
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_OK
+from orchestrator.launch.cluster import Resources, connected, request
+from orchestrator.launch.finish import end_table, record_end
+from orchestrator.launch.record import RunRecord, fingerprint, open_record, result_fields
+from orchestrator.launch.show import ProgressLine, duration
+from orchestrator.launch.worker import Assignment, train_worker
+from orchestrator.track.environment import driver_facts
+
+
+def pretrain(config: PretrainConfig, recipe: str) -> int:
+    """Runs one pre-training; returns the exit code (0 finished or stopped on request, 1 failed, 2 wrong settings)."""
+    started = time.monotonic()
+    manifest = check(config)
+    fields = result_fields(config, manifest.fingerprint)
+    name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
+    config = replace(config, run=replace(config.run, name=name))
+    folder = Folder(f"{config.run.storage}/{name}")
+    record = open_record(folder, fields, name)
+    if record.finished:
+        print(f"run {name} is finished already; nothing to do. A new run needs another run.name or other settings.")
+        print(end_table(config, folder, record.summary))
+        return EXIT_OK
+    record = record.next_attempt()
+    record.save(folder)
+    print(f"run {name} ({'start' if record.attempts == 1 else f'attempt {record.attempts}'})  in {folder.uri}")
+    facts = {"recipe": recipe, **driver_facts()}
+    with connected(config.cluster):
+        resources = request(config.cluster)
+        print(f"{resources.workers} workers x {resources.bundle}; Ray started after {duration(time.monotonic() - started)}")
+        outcome, error = _fit(config, resources, folder, record, facts)
+    return _end(config, folder, record, outcome, error)
+
+
+def _fit(
+    config: PretrainConfig, resources: Resources, folder: Folder, record: RunRecord, facts: dict[str, str]
+) -> tuple[dict[str, Any] | None, TrainingFailedError | None]:
+    board = open_board()
+    assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers, use_gpu=bool(resources.gpus), resources_per_worker=resources.bundle
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        run_config=RunConfig(
+            # Each start gets its own Ray record: what is resumed from is our own committed checkpoint.
+            name=f"ray-{record.attempts:04d}",
+            storage_path=folder.uri,
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+        ),
+    )
+    with _shown(board), _stop_signals(board):
+        try:
+            return trainer.fit().return_value, None
+        except TrainingFailedError as error:
+            return None, error
+
+
+@contextlib.contextmanager
+def _shown(board: Any) -> Iterator[None]:
+    line, done = ProgressLine(), threading.Event()
+    thread = threading.Thread(target=watch, args=(board, line, done), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=15)
+        line.close()
+
+
+@contextlib.contextmanager
+def _stop_signals(board: Any) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: save and end. Second: end at once."""
+    seen: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        print(f"\n{name}: saving a checkpoint and stopping; once more to stop at once", file=sys.stderr, flush=True)
+        # A signal handler must not wait, and the board's reply is not needed.
+        board.stop.remote(name)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _end(
+    config: PretrainConfig,
+    folder: Folder,
+    record: RunRecord,
+    outcome: dict[str, Any] | None,
+    error: TrainingFailedError | None,
+) -> int:
+    if outcome is None:
+        print(f"error: the run failed: {_root_cause(error)}", file=sys.stderr)
+        record_end(config, folder, record, "failed", _root_cause(error))
+        print("Type the same command again to resume from the last checkpoint.", file=sys.stderr)
+        return EXIT_FAILED
+    if outcome["stopped"]:
+        record_end(config, folder, record, "stopped", outcome["stopped"])
+        print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume from there.")
+        return EXIT_OK
+    replace(record, finished=True, summary=outcome).save(folder)
+    record_end(config, folder, record, "finished", "")
+    print(end_table(config, folder, outcome))
+    return EXIT_OK
+
+
+def _root_cause(error: BaseException | None) -> str:
+    """The failing rank's own words: the last line of its exception, not Ray's wrapping."""
+    text = str(error).strip()
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = min(failures.items())
+        text = f"rank {rank}: {str(first).strip().splitlines()[-1]}"
+    return text.splitlines()[-1] if text else type(error).__name__

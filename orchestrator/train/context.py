@@ -1,0 +1,41 @@
+"""What the engine asks of whoever runs it: its place in the group, storage, and a line to the driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from orchestrator.data.folder import Folder
+
+
+class RunContext(Protocol):
+    """One rank's surroundings. Ray Train provides one; tests run the engine under their own."""
+
+    rank: int
+    world: int
+    device: torch.device
+    folder: Folder
+    """Run folder on shared storage."""
+    directory: Path
+    """Local directory of the run on this host: journal, figures, exported weights."""
+    run_uid: str
+    attempt: int
+    facts: dict[str, str]
+    """What the launcher knows about code, recipe and cluster; becomes tags."""
+
+    def progress(
+        self, stage: str, *, step: int = 0, total: int = 0, epoch: int = 0, loss: float = 0.0, speed: float = 0.0,
+        seconds_per_step: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Shows a person where the run is; returns at once. Called on rank 0."""
+
+    def note(self, text: str) -> None:
+        """A line worth keeping in the driver's output. Called on rank 0."""
+
+    def stop_reason(self) -> str:
+        """Why the run should save and end, "" to go on. Only rank 0's answer counts; returns at once."""
+
+    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
+        """Hands numbers and the newest committed checkpoint to the launcher. Collective: every rank calls it."""

@@ -1,0 +1,293 @@
+"""What the loop's verbs do: one rank's model, data position, checkpoints, records and evaluation."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from itpn_core.errors import UserError
+from itpn_core.pretraining.tasks import build_task
+
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.loader import Batch, open_loader
+from orchestrator.data.manifest import Manifest
+from orchestrator.data.order import SampleOrder
+from orchestrator.evaluate.knn import Evaluator
+from orchestrator.train.context import RunContext
+from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
+from orchestrator.train.records import RunRecords
+from orchestrator.train.state import TrainState, WeightAverage
+from orchestrator.train.statistics import fit_statistics
+from orchestrator.train.step import Step
+from orchestrator.train.window import Window
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run (or one attempt at it) came to."""
+
+    step: int
+    stopped: str
+    """Reason of a stop request; "" when the run is complete."""
+    seconds: float
+    first_loss: float
+    last_loss: float
+    images_per_second: float
+    knn: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Top-1 and its standard error by what was measured."""
+    differences: list[str] = field(default_factory=list)
+    protocol: str = ""
+
+
+class Engine:
+    """One rank of one run; used as a context manager so that threads and loaders end with it."""
+
+    def __init__(self, config: PretrainConfig, run: RunContext) -> None:
+        self.config = config
+        self.run = run
+        self._exit = ExitStack()
+        manifest = Manifest.load(config.data.source, config.data.store)
+        self.train_split = manifest.split(config.data.train_split)
+        self.order = training_order(config, self.train_split.samples)
+        self.steps_per_epoch = self.order.batches_per_epoch(config.train.global_batch)
+        self.total = config.train.max_steps or config.train.epochs * self.steps_per_epoch
+        self.state = build_state(config, run.device)
+        self.peak_lr = peak_lr(config.train.optimizer, config.train.global_batch)
+        self.step_fn: Step | None = None
+        self.window: Window | None = None
+        self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
+        self.records = RunRecords(config, run, manifest)
+        self.evaluator = Evaluator(config, run, manifest)
+        self._evaluated = -1
+        self._clock = time.perf_counter()
+        self._window_clock = self._clock
+        self._waited = 0.0
+        self._saved_at = self._clock
+        self._speeds: list[float] = []
+
+    def __enter__(self) -> Engine:
+        self._exit.callback(self.checkpoints.close)
+        self._exit.callback(self.records.close)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._exit.close()
+
+    # -- start ------------------------------------------------------------------------------------------------------
+
+    def restore(self) -> None:
+        """Loads the newest whole checkpoint, or computes the target statistics of a fresh run."""
+        snapshot = self.checkpoints.load_newest()
+        if snapshot is not None:
+            self.state.restore(snapshot)
+            self.run.note(f"resumed from the checkpoint of step {self.state.step} of {self.total}")
+        else:
+            fit_statistics(self.state.task, self.config, self.train_split, self.run)
+        self.step_fn = Step(
+            self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
+        )
+        self._clock = self._saved_at = time.perf_counter()
+        self.records.started(self.state, self.total, self.peak_lr)
+
+    @property
+    def epoch(self) -> int:
+        """0-based epoch of the next step."""
+        return self.state.step // self.steps_per_epoch
+
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.state.step >= self.total
+
+    # -- data -------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """This rank's parts of the global batches from the current position to the end of the epoch or run."""
+        first = self.state.step % self.steps_per_epoch
+        stop = min(self.steps_per_epoch, first + self.total - self.state.step)
+        self._window_clock = time.perf_counter()
+        loader: AbstractContextManager[Iterator[Batch]] = open_loader(
+            self.config.data,
+            self.train_split,
+            seed=self.config.train.seed,
+            epoch=self.epoch,
+            first_batch=first,
+            stop_batch=stop,
+            global_batch=self.config.train.global_batch,
+            rank=self.run.rank,
+            world=self.run.world,
+        )
+        with loader as batches:
+            yield batches
+
+    def waited(self, seconds: float) -> None:
+        """Counts time in which the step had no data."""
+        self._waited += seconds
+
+    # -- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step; its losses stay on the device."""
+        assert self.step_fn is not None  # noqa: S101 -- restore() comes first
+        count = self.order.batch_size(batch.index, self.config.train.global_batch)
+        values = self.step_fn(batch.images, batch.ids, batch.epoch, count)
+        if self.window is None:
+            self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
+        self.window.add(values)
+
+    def window_due(self) -> bool:
+        """Whether it is time to look at the losses: the window is full, or an epoch or the run ends."""
+        step = self.state.step
+        return self.window is not None and (
+            self.window.full or step % self.steps_per_epoch == 0 or step >= self.total
+        )
+
+    def read_window(self) -> tuple[str, bool]:
+        """Brings the losses to the host, records them, and agrees with the other ranks on what to do.
+
+        Returns:
+            (reason of a stop request or "", whether a checkpoint is due now).
+
+        Raises:
+            UserError: the guard's budget of refused steps is spent.
+        """
+        assert self.window is not None  # noqa: S101 -- window_due() said so
+        reason = self.run.stop_reason() if self.run.rank == 0 else ""
+        reading = self.window.read([bool(reason), self.run.rank == 0 and self._save_due()])
+        now = time.perf_counter()
+        seconds, self._window_clock = max(now - self._window_clock, 1e-9), now
+        self._take(reading.rows, seconds)
+        stop, save = reading.flags
+        return (reason or "stop requested") if stop else "", save
+
+    def _take(self, rows: list[dict[str, float]], seconds: float) -> None:
+        state, batch = self.state, self.config.train.global_batch
+        first = state.step - len(rows)
+        for offset, row in enumerate(rows):
+            if row["skipped"]:
+                state.skipped.append(first + offset)
+        # Single steps are noisy; the first and the last window stand for the start and the end.
+        state.last_loss = sum(row["loss"] for row in rows) / len(rows)
+        if state.first_loss is None:
+            state.first_loss = state.last_loss
+        speed = len(rows) * batch / seconds
+        self._speeds.append(speed)
+        state.seconds += seconds
+        wait, self._waited = self._waited / seconds, 0.0
+        lrs = [self.peak_lr * lr_factor(first + i, self.total, self.config.train.optimizer) for i in range(len(rows))]
+        self.records.window(first, rows, lrs, speed, wait)
+        if self.run.rank == 0:
+            self.run.progress(
+                "training", step=state.step, total=self.total, epoch=(state.step - 1) // self.steps_per_epoch,
+                loss=rows[-1]["loss"], speed=speed, seconds_per_step=seconds / len(rows),
+            )  # fmt: skip
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        budget = self.config.train.guard.skip_budget
+        if len(self.state.skipped) > budget:
+            raise UserError(
+                f"the gradient was not finite or spiked at step {self.state.skipped[-1]} (in all at steps "
+                f"{self.state.skipped}); the weights were not changed by it. train.guard.skip_budget={budget} allows no "
+                "more: lower train.optimizer.lr, look at the samples of that step, or raise the budget"
+            )
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_due(self) -> bool:
+        config, step = self.config.checkpoint, self.state.step
+        if step % self.steps_per_epoch == 0:
+            return False  # the end of an epoch decides by itself
+        by_step = config.every_steps > 0 and step % config.every_steps < self.config.train.log_every
+        by_time = config.every_minutes > 0 and time.perf_counter() - self._saved_at > 60 * config.every_minutes
+        return by_step or by_time
+
+    def epoch_save_due(self) -> bool:
+        """Whether the end of this epoch, or of the run, calls for a checkpoint."""
+        every = self.config.checkpoint.every_epochs
+        return self.finished() or (every > 0 and self.epoch % every == 0)
+
+    def save(self) -> None:
+        """Copies the state to the host and lets a background thread write it (rank 0)."""
+        if self.run.rank == 0 and self.checkpoints.last_requested != self.state.step:
+            self.checkpoints.save(self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}))
+        self._saved_at = time.perf_counter()
+
+    # -- evaluation -------------------------------------------------------------------------------------------------
+
+    def evaluation_due(self) -> bool:
+        """Before the first step, after every N epochs, and at the end; once per position."""
+        step, every = self.state.step, self.config.eval.every_epochs
+        if self._evaluated == step:
+            return False
+        at_epoch = step % self.steps_per_epoch == 0
+        return step == 0 or step >= self.total or (every > 0 and at_epoch and self.epoch % every == 0)
+
+    def evaluate(self) -> None:
+        """k-NN of the averaged (or live) weights on all ranks; records it and reports to the launcher."""
+        self.run.progress("evaluating", step=self.state.step, total=self.total)
+        state = self.state
+        state.average.swap()
+        try:
+            metrics = self.evaluator(state.task, state.step, state.answers)
+        finally:
+            state.average.swap()
+        self._evaluated = state.step
+        self.records.evaluation(state, metrics)
+        self.checkpoints.wait()
+        self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
+
+    # -- end --------------------------------------------------------------------------------------------------------
+
+    def stopped(self, reason: str) -> Outcome:
+        """Ends early, after the checkpoint is on storage."""
+        self.checkpoints.wait()
+        self.records.state("stopped", reason)
+        return self._outcome(reason)
+
+    def finish(self) -> Outcome:
+        """Ends the run: exports the final weights and sums up."""
+        self.checkpoints.wait()
+        self.records.final(self.state)
+        return self._outcome("")
+
+    def _outcome(self, stopped: str) -> Outcome:
+        state = self.state
+        speeds = sorted(self._speeds)
+        return Outcome(
+            step=state.step,
+            stopped=stopped,
+            seconds=state.seconds,
+            first_loss=state.first_loss if state.first_loss is not None else float("nan"),
+            last_loss=state.last_loss if state.last_loss is not None else float("nan"),
+            images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+            **self.evaluator.summary(state.answers),
+        )
+
+
+def training_order(config: PretrainConfig, samples: int) -> SampleOrder:
+    """The order of samples that a configuration stands for."""
+    data = config.data
+    return SampleOrder(samples, config.train.seed, data.streams, data.run, data.block_runs, data.last_batch)
+
+
+def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
+    """A fresh training state; equal on every rank because the seed is."""
+    torch.manual_seed(config.train.seed)
+    task = build_task(config.model, config.objective).to(device)
+    if config.train.precision == "fp64":
+        task = task.double()
+    task.train()
+    trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    lr = peak_lr(config.train.optimizer, config.train.global_batch)
+    optimizer = build_optimizer(parameter_groups(trainable, config.train.optimizer, lr), config.train.optimizer)
+    average = WeightAverage(trainable, config.train.optimizer.average_decay)
+    mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
+    return TrainState(task, optimizer, average, grad_norm_mean=mean)

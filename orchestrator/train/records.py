@@ -1,0 +1,122 @@
+"""What a run writes down: rank 0's records of settings, losses, evaluations and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from orchestrator.config.load import to_yaml
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.manifest import Manifest
+from orchestrator.track.environment import environment_text
+from orchestrator.track.recorder import Recorder
+from orchestrator.track.redact import secret_values
+from orchestrator.train.context import RunContext
+from orchestrator.train.state import TrainState
+
+WEIGHTS = "backbone.safetensors"
+
+
+class RunRecords:
+    """Writes on rank 0; on other ranks every method does nothing.
+
+    Args:
+        config: resolved configuration.
+        run: surroundings of this rank.
+        manifest: the data that is used.
+    """
+
+    def __init__(self, config: PretrainConfig, run: RunContext, manifest: Manifest) -> None:
+        self._config = config
+        self._run = run
+        self._manifest = manifest
+        self._recorder: Recorder | None = None
+        self._started = False
+
+    def started(self, state: TrainState, total: int, peak_lr: float) -> None:
+        """Records what is known before the first step of this attempt."""
+        if self._run.rank:
+            return
+        self._recorder = recorder = Recorder(
+            self._config.track,
+            self._run.run_uid,
+            self._run.directory,
+            self._run.attempt,
+            name=self._config.run.name,
+            secrets=secret_values(os.environ),
+        )
+        recorder.state("running")
+        config = asdict(self._config)
+        derived = {"total_steps": total, "peak_lr": peak_lr}
+        recorder.params({**config, "derived": derived})
+        parameters = sum(p.numel() for p in state.task.student.parameters())
+        recorder.tags({
+            **self._run.facts,
+            "run.state": "running" if state.step == 0 else "resumed",
+            "manifest.sha256": self._manifest.fingerprint,
+            "student.parameters": parameters,
+            "device": torch.cuda.get_device_name() if self._run.device.type == "cuda" else "cpu",
+        })  # fmt: skip
+        for context, name in (("training", self._config.data.train_split), ("validation", self._config.data.val_split)):
+            split = self._manifest.split(name)
+            facts = {"samples": split.samples, "shards": len(split.shards), "classes": len(split.classes)}
+            source = self._config.data.source
+            recorder.dataset(f"{Path(source).name}/{name}", self._manifest.fingerprint, source, context, facts)
+        recorder.text("config.yaml", to_yaml(self._config))
+        recorder.text("environment.txt", environment_text())
+
+    def window(self, first: int, rows: list[dict[str, float]], lrs: list[float], speed: float, wait: float) -> None:
+        """Records the losses of consecutive steps; speed and data wait go with the last of them."""
+        if self._recorder is None:
+            return
+        for offset, (row, lr) in enumerate(zip(rows, lrs, strict=True)):
+            values = {f"train/{name}": value for name, value in row.items() if name != "skipped"}
+            values["train/lr"] = lr
+            if offset == len(rows) - 1:
+                values["train/images_per_second"] = speed
+                values["data/wait_fraction"] = wait
+            self._recorder.metrics(first + offset + 1, values)
+
+    def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Records an evaluation at the state's step."""
+        if self._recorder is not None:
+            self._recorder.metrics(state.step, metrics)
+
+    def figure(self, path: Path) -> None:
+        """Keeps a picture with the run."""
+        if self._recorder is not None:
+            self._recorder.artifact(path, "figures")
+
+    def state(self, name: str, reason: str) -> None:
+        """Records the lifecycle state that the driver will confirm."""
+        if self._recorder is not None:
+            self._recorder.tags({"run.state": name, "run.reason": reason})
+
+    def final(self, state: TrainState) -> None:
+        """Exports the averaged (or live) backbone weights and keeps them with the run."""
+        if self._recorder is None:
+            return
+        path = self._run.directory / "final" / WEIGHTS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state.average.swap()
+        try:
+            tensors = {k: v.detach().cpu().contiguous() for k, v in state.task.student.export_backbone_state().items()}
+        finally:
+            state.average.swap()
+        model: dict[str, Any] = asdict(self._config.model)
+        save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(state.step)})
+        self._run.folder.put(f"final/{WEIGHTS}", path) if self._run.folder.local_path() is None else None
+        self._recorder.artifact(path, "weights")
+
+    def close(self) -> None:
+        """Ends the journal; what the server did not take stays on disk and is named."""
+        if self._recorder is not None:
+            backlog = self._recorder.close()
+            if not backlog.empty:
+                self._run.note(f"warning: {backlog}")

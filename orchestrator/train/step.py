@@ -1,0 +1,165 @@
+"""One optimizer step: micro-batches, global normalisation, guard, update. Nothing in here waits for the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from itpn_core.random import stream_keys
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from orchestrator.data.config import DataConfig
+from orchestrator.data.device import augment
+from orchestrator.train.config import TrainConfig
+from orchestrator.train.optimizer import lr_factor, set_lr
+from orchestrator.train.state import TrainState
+
+
+def even_parts(count: int, parts: int) -> list[slice]:
+    """Cuts `range(count)` into contiguous slices whose sizes differ by at most one, the larger ones last.
+
+    The last slice must not be empty when any is: its backward pass carries the gradient all-reduce.
+    """
+    edges = [index * count // parts for index in range(parts + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def micro_batches(global_batch: int, world: int, micro_batch: int) -> int:
+    """Forward passes per step, the same on every rank (shares of the global batch differ by at most one image)."""
+    share = -(-global_batch // world)
+    return -(-share // micro_batch) if micro_batch else 1
+
+
+class Step:
+    """Applies one global batch to a training state.
+
+    The loss is the sum over this rank's samples divided by the GLOBAL number of samples, so that gradients summed over
+    ranks are those of the whole batch, whatever the world size. DDP averages over ranks, hence the factor `world`.
+
+    Args:
+        state: what is trained; its `step` advances by one per call.
+        config: batch, precision, optimizer and guard.
+        data: augmentation that runs on the device.
+        total_steps: length of the run, for schedules.
+        peak_lr: learning rate at the top of the schedule.
+        device: where to compute.
+        world: number of ranks.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        config: TrainConfig,
+        data: DataConfig,
+        total_steps: int,
+        peak_lr: float,
+        device: torch.device,
+        world: int,
+    ) -> None:
+        self.state = state
+        self._config = config
+        self._data = data
+        self._total = total_steps
+        self._peak_lr = peak_lr
+        self._device = device
+        self._world = world
+        self._parts = micro_batches(config.global_batch, world, config.micro_batch)
+        self._dtype = autocast_dtype(config.precision, device)
+        self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        self._model: nn.Module = distribute(state.task, device, world)
+
+    def __call__(self, images_u8_B3HW: Tensor, ids_B: Tensor, epoch: int, global_count: int) -> dict[str, Tensor]:
+        """Runs forward, backward and update.
+
+        Args:
+            images_u8_B3HW: uint8, this rank's part of the global batch.
+            ids_B: int64 sample ids.
+            epoch: epoch of the batch, for the random choices.
+            global_count: samples of the whole batch over all ranks.
+
+        Returns:
+            This rank's summands of the global values: "loss", its parts, "grad_norm" and "skipped".
+        """
+        lr = self._peak_lr * lr_factor(self.state.step, self._total, self._config.optimizer)
+        set_lr(self.state.optimizer, lr)
+        sums: dict[str, Tensor] = {}
+        for images, ids, synchronise in self._micro(images_u8_B3HW, ids_B):
+            with contextlib.nullcontext() if synchronise else self._no_sync():
+                for name, value in self._forward_backward(images, ids, epoch, global_count).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        norm, refused = self._update()
+        # Both are equal on all ranks; divided here because the window sums over ranks.
+        return {**sums, "grad_norm": norm / self._world, "skipped": refused / self._world}
+
+    def _micro(self, images: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
+        slices = even_parts(len(ids), self._parts)
+        for index, part in enumerate(slices):
+            yield images[part], ids[part], index == len(slices) - 1
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _forward_backward(self, images_u8: Tensor, ids_B: Tensor, epoch: int, global_count: int) -> dict[str, Tensor]:
+        images_u8 = images_u8.to(self._device, non_blocking=True)
+        ids_B = ids_B.to(self._device, non_blocking=True)
+        images_B3HW = augment(images_u8, ids_B, self._config.seed, epoch, self._data)
+        if self._config.precision == "fp64":
+            images_B3HW = images_B3HW.double()
+        keys_B = stream_keys(self._config.seed, epoch, ids_B, "objective")
+        with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
+            targets = self.state.task.targets(images_B3HW)
+            output = self._model(images_B3HW, targets, keys_B)
+        (output.loss_B.sum() * (self._world / global_count)).backward()
+        parts = {"loss": output.loss_B, **output.parts}
+        return {name: value_B.detach().sum() / global_count for name, value_B in parts.items()}
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        limit = self._config.optimizer.clip_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        refused = self._refuse(norm)
+        optimizer = self.state.optimizer
+        # Fused AdamW leaves weights and moments untouched when `found_inf` is 1: the decision stays on the device.
+        optimizer.found_inf = refused  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.average.update(self.state.step)
+        self.state.task.ema_update(self.state.step / self._total)
+        return norm, refused
+
+    @torch.no_grad()
+    def _refuse(self, norm: Tensor) -> Tensor:
+        """1 where the update must not happen: a gradient that is not finite or far above its running mean."""
+        mean = self.state.grad_norm_mean
+        bad = ~torch.isfinite(norm)
+        if self._config.guard.spike_factor:
+            bad |= (mean > 0) & (norm > self._config.guard.spike_factor * mean)
+        kept = torch.where(mean > 0, 0.99 * mean + 0.01 * norm.to(mean.dtype), norm.to(mean.dtype))
+        mean.copy_(torch.where(bad, mean, kept))
+        return bad.to(torch.float32)
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The reduced precision of matrix products, or None: "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
+    if precision == "bf16":
+        return torch.bfloat16
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
+def distribute(task: nn.Module, device: torch.device, world: int) -> nn.Module:
+    """Wraps for gradient averaging; one rank needs no wrapper."""
+    if world == 1:
+        return task
+    # Buffers are equal by construction (statistics are computed once and broadcast), so they need no broadcast a step.
+    return DistributedDataParallel(
+        task,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
