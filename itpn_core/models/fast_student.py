@@ -109,29 +109,3 @@ class FastStudent(PyramidTrunk):
         x_BNE, _, levels = self.encode(images_B3HW, mask_BN, drop_keys_B)
         grid = self.grid_of(*images_B3HW.shape[-2:])
         return Pyramid(to_map(x_BNE, grid), *(to_map(level, grid) for level in levels))
-
-    def export_backbone_state(self) -> dict[str, Tensor]:
-        """Weights of `build_backbone(config)`, which loads them strictly; see `PRETRAINING_ONLY` for what is left."""
-        return export_backbone_state(self)
-
-
-PRETRAINING_ONLY = (
-    "mask_token",
-    "align_dim_",
-    "fpn_modules.",
-    "split_",
-    "block_",
-    "decoder_",
-    "lm_head.",
-    "lm_cls_head.",
-    "cls_pt_layers.",
-    "norm_cls.",
-)
-
-
-def export_backbone_state(student: PyramidTrunk) -> dict[str, Tensor]:
-    """The student's state without what only pre-training uses (names starting with `PRETRAINING_ONLY`)."""
-    state = student.state_dict()
-    # the `norm` of the iTPN flavours belongs to their fusion head, Fast-iTPN's is the final norm of stage 3
-    only = PRETRAINING_ONLY if student.config.is_fast else (*PRETRAINING_ONLY, "norm.")
-    return {name: value for name, value in state.items() if not name.startswith(only)}

@@ -17,9 +17,9 @@ from itpn_core.models.config import FAST_MLP_RATIO, ITPN_MLP_RATIO, NORM_EPS, ST
 from itpn_core.models.layout import kernel_matrix, merge_cells, split_cells, transposed_kernel_matrix
 
 
-def layer_norm(width: int, **kwargs: Any) -> nn.LayerNorm:
-    """LayerNorm with the eps of every published model."""
-    return nn.LayerNorm(width, eps=NORM_EPS, **kwargs)
+def layer_norm(width: int, eps: float = NORM_EPS, **kwargs: Any) -> nn.LayerNorm:
+    """LayerNorm with the eps of (nearly) every published norm."""
+    return nn.LayerNorm(width, eps=eps, **kwargs)
 
 
 class CellConv(nn.Conv2d):
@@ -232,13 +232,21 @@ class MlpBlock(nn.Module):
 class Block(nn.Module):
     """A block of stage 3, the same interface for both families: attention and feed-forward, each pre-normed."""
 
-    def __init__(self, width: int, attn: Attention, mlp: nn.Module, layer_scale: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        width: int,
+        attn: Attention,
+        mlp: nn.Module,
+        layer_scale: float = 0.0,
+        eps: float = NORM_EPS,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.gamma_1 = _gamma(width, layer_scale, **kwargs)
         self.gamma_2 = _gamma(width, layer_scale, **kwargs)
-        self.norm1 = layer_norm(width, **kwargs)
+        self.norm1 = layer_norm(width, eps, **kwargs)
         self.attn = attn
-        self.norm2 = layer_norm(width, **kwargs)
+        self.norm2 = layer_norm(width, eps, **kwargs)
         self.mlp = mlp
 
     def attention_branch(self, y_BNE: Tensor, keep_B: Tensor | None = None) -> Tensor:
@@ -300,9 +308,9 @@ def stem_block(config: ModelConfig, width: int, **kwargs: Any) -> MlpBlock:
     return MlpBlock(width, mlp, 0.0 if fast else config.layer_scale, **kwargs)
 
 
-def attention_block(config: ModelConfig, grid: tuple[int, int], *, bias: bool, **kwargs: Any) -> Block:
-    """A block of stage 3 for a token grid of (rows, columns)."""
-    width = config.embed_dim
+def attention_block(config: ModelConfig, grid: tuple[int, int], *, eps: float = NORM_EPS, **kwargs: Any) -> Block:
+    """A block of stage 3 for a token grid of (rows, columns); `eps` is that of its two norms."""
+    width, bias = config.embed_dim, config.has_relative_bias
     attn: Attention
     mlp: nn.Module
     if config.is_fast:
@@ -311,7 +319,7 @@ def attention_block(config: ModelConfig, grid: tuple[int, int], *, bias: bool, *
     else:
         attn = FusedAttention(width, config.heads, bias_grid=grid if bias else None, **kwargs)
         mlp = Mlp(width, ITPN_MLP_RATIO * width, **kwargs)
-    return Block(width, attn, mlp, config.layer_scale, **kwargs)
+    return Block(width, attn, mlp, config.layer_scale, eps, **kwargs)
 
 
 def merge(config: ModelConfig, width: int, **kwargs: Any) -> nn.Module:

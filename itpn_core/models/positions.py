@@ -56,18 +56,20 @@ class SizeCache:
         return {"_kept": {}}
 
 
-def resample_positions(pos_1NE: Tensor, old: Grid, new: Grid) -> Tensor:
+def resample_positions(pos_1NE: Tensor, old: Grid, new: Grid, *, always: bool = False) -> Tensor:
     """Position embeddings of another grid, bicubic, as in the published iTPN code.
 
     Args:
         pos_1NE: embeddings of the `old` grid in row-major order.
         old: (rows, columns) of `pos_1NE`.
         new: (rows, columns) wanted.
+        always: interpolate although the grids are equal, which the published offset makes more than a copy.
 
     Returns:
-        [1, new rows * new columns, E] in the dtype of `pos_1NE`; the very same tensor when the grids are equal.
+        [1, new rows * new columns, E] in the dtype of `pos_1NE`; the very same tensor when the grids are equal (unless
+        `always`).
     """
-    if old == new:
+    if old == new and not always:
         return pos_1NE
     width = pos_1NE.shape[-1]
     map_1EHW = pos_1NE.float().reshape(1, old[0], old[1], width).permute(0, 3, 1, 2)

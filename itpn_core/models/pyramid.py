@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn_core.models.config import ITPN_MLP_RATIO, ModelConfig
@@ -12,6 +13,21 @@ from itpn_core.models.layout import split_cells
 from itpn_core.models.trunk import StemFeatures, Trunk
 
 PYRAMID_DIM = 256
+
+
+# Beginnings of the names that only pre-training (or the pyramid, which a backbone has on request) uses.
+PRETRAINING_ONLY = (
+    "mask_token",
+    "align_dim_",
+    "fpn_modules.",
+    "split_",
+    "block_",
+    "decoder_",
+    "lm_head.",
+    "lm_cls_head.",
+    "cls_pt_layers.",
+    "norm_cls.",
+)
 
 
 class Pyramid(NamedTuple):
@@ -44,8 +60,10 @@ class LinearSplit(nn.Module):
 
     def forward(self, x_BNSC: Tensor) -> Tensor:
         """[B, N, S, C] to [B, N, 4S, out]."""
-        children = self.reduction(self.norm(x_BNSC)).unflatten(-1, (2, 2, -1)).transpose(-3, -2)
-        return split_cells(children.flatten(-3))
+        weight = self.reduction.weight
+        # swap the children in the weight, not in the activations
+        cells_first = weight.view(2, 2, -1, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
+        return split_cells(F.linear(self.norm(x_BNSC), cells_first))
 
 
 class ConvSplit(nn.Module):
@@ -99,6 +117,12 @@ class PyramidTrunk(Trunk):
     def levels(self, x16_BNE: Tensor, stem: StemFeatures) -> Levels:
         """Pyramid levels of stage-3 tokens and stem laterals (any subset of patches)."""
         return pyramid_levels(self, x16_BNE, stem)
+
+    def export_backbone_state(self) -> dict[str, Tensor]:
+        """Weights of `build_backbone(config)`, which loads them strictly; left out: names in `PRETRAINING_ONLY`."""
+        # the `norm` of the iTPN flavours belongs to their fusion head, Fast-iTPN's is the final norm of stage 3
+        only = PRETRAINING_ONLY if self.config.is_fast else (*PRETRAINING_ONLY, "norm.")
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(only)}
 
 
 def add_pyramid(owner: Any, config: ModelConfig, dim: int, depth: int, **kwargs: Any) -> None:

@@ -64,7 +64,7 @@ class Trunk(nn.Module):
             yield from (stem_block(config, width, **kwargs) for _ in range(depth))
             yield merge(config, width, **kwargs)
         for _ in range(config.depths[2]):
-            yield attention_block(config, self.grid, bias=config.has_relative_bias, **kwargs)
+            yield attention_block(config, self.grid, **kwargs)
 
     # --- sizes ---
 

@@ -8,8 +8,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itpn_core.models import Backbone, FastStudent, ModelConfig
-from itpn_core.models.layout import to_map
+from itpn_core.models import (
+    Backbone,
+    ClipStudent,
+    FastStudent,
+    ModelConfig,
+    PixelStudent,
+    SegmentationPyramid,
+    patch_pixels,
+)
+from itpn_core.models.layout import row_major, square_side, to_map
+from itpn_core.models.pyramid import Levels
 
 
 class Official(nn.Module):
@@ -55,6 +64,35 @@ class FastPretrain(Official):
         return out
 
 
+def patch_levels(levels: Levels) -> dict[str, Tensor]:
+    return {name: row_major(level) for name, level in levels._asdict().items()}
+
+
+class ClipPretrain(Official):
+    def forward(self, image: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        features = self.inner.encode(image, mask)
+        lm, lm_cls = self.inner.heads(features)
+        return {**patch_levels(features.levels), "aux": features.aux, "lm": lm, "lm_cls": lm_cls}
+
+
+class PixelPretrain(Official):
+    def forward(
+        self, image: Tensor, mask: Tensor, ids_keep: Tensor, ids_restore: Tensor, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        model = self.inner
+        _, levels = model.encode(image, ids_keep)
+        pred = model.decode(levels, ids_restore, model.grid_of(*image.shape[-2:]))
+        pixels = patch_pixels(image, model.config.patch_size)
+        target = (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+        loss = F.mse_loss(pred[mask], target[mask])
+        return {**patch_levels(levels), "pred": pred, "loss": loss}
+
+
+class Segmentation(Official):
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {f"c{index}": level for index, level in enumerate(SegmentationPyramid(self.inner)(image))}
+
+
 def config_of(manifest: dict) -> ModelConfig:
     hyper, family = manifest["hyper_parameters"], manifest["family"]
     itpn = "itpn_clip" if hyper["layer_scale_init"] else "itpn_pixel"
@@ -73,6 +111,16 @@ def config_of(manifest: dict) -> ModelConfig:
     )
 
 
+def positions_size(manifest: dict) -> tuple[int, int]:
+    """Image size whose grid the stored position embeddings have (square unless it is the image's own)."""
+    hyper = manifest["hyper_parameters"]
+    shape = next(shape for name, shape, *_ in manifest["state_dict"] if name.endswith("pos_embed"))
+    rows, cols = (side // hyper["patch_size"] for side in hyper["image_size"])
+    if rows * cols != shape[1]:
+        rows = cols = square_side(shape[1])
+    return rows * hyper["patch_size"], cols * hyper["patch_size"]
+
+
 def build(manifest: dict) -> nn.Module:
     """The model of a manifest, ready for `load_state_dict` with official names."""
     hyper, family, config = manifest["hyper_parameters"], manifest["family"], config_of(manifest)
@@ -82,4 +130,12 @@ def build(manifest: dict) -> nn.Module:
         scale = 0.1 if hyper["stop_grad_patch_embed"] else 1.0
         student = FastStudent(config, hyper["teacher_dim"], hyper["fpn_dim"], stem_gradient_scale=scale)
         return FastPretrain(student)
+    dim, depth = hyper["fpn_dim"], hyper["fpn_depth"]
+    if family == "itpn_clip_pretrain":
+        return ClipPretrain(ClipStudent(config, hyper["teacher_dim"], dim, depth))
+    if family == "itpn_pixel_pretrain":
+        decoder = {name: hyper[name] for name in ("decoder_depth", "decoder_heads")}
+        return PixelPretrain(PixelStudent(config, dim, depth, decoder_dim=hyper["decoder_embed_dim"], **decoder))
+    if family == "itpn_segmentation_pyramid":
+        return Segmentation(Backbone(config, pyramid_dim=dim, pyramid_depth=depth, img_size=positions_size(manifest)))
     raise ValueError(f"no model for family {family!r}")
