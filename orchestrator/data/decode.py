@@ -67,12 +67,12 @@ def _decode_pil(data: bytes, field: str, max_pixels: int) -> ImageHWC:
         with Image.open(io.BytesIO(data), formats=_PIL_FORMATS[field]) as image:
             _refuse_bomb(image.height, image.width, max_pixels)
             if image.mode in ("L", "1"):
-                return np.asarray(image.convert("L"))[:, :, None]
+                return np.array(image.convert("L"))[:, :, None]
             if image.mode.startswith("I"):  # 16-bit grey: PIL's own conversion would clip at 255
                 return (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)[:, :, None]
             if image.mode == "P":  # a palette with transparency must pass through RGBA
-                return np.asarray(image.convert("RGBA").convert("RGB"))
-            return np.asarray(image.convert("RGB"))
+                return np.array(image.convert("RGBA").convert("RGB"))
+            return np.array(image.convert("RGB"))
     except IntegrityError:
         raise
     except (*_PIL_ERRORS, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

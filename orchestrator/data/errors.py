@@ -21,6 +21,10 @@ class NotFoundError(StoreError):
     """The named object does not exist in a store that answers."""
 
 
+class ShortReadError(StoreError):
+    """A reply or a file holds fewer bytes than were asked for."""
+
+
 class ChangedError(StoreError):
     """The object is no longer the one the manifest was made from (its ETag differs)."""
 

@@ -21,7 +21,7 @@ import obstore
 import obstore.exceptions as obx
 import obstore.store as obs
 
-from orchestrator.data.errors import ChangedError, NotFoundError, StoreError
+from orchestrator.data.errors import ChangedError, NotFoundError, ShortReadError, StoreError
 
 _CHUNK = 8 << 20
 
@@ -141,7 +141,8 @@ class LocalStore:
         file = self._file(name)
         data = cast(bytes, self._guard(name, lambda: os.pread(file.fileno(), length, start)))
         if len(data) != length:
-            raise StoreError(f"{self.root / name}: {len(data)} of {length} bytes at offset {start}: the file is cut")
+            got = f"{len(data)} of {length} bytes at offset {start}"
+            raise ShortReadError(f"{self.root / name}: {got}: the file is cut")
         return data
 
     def stream(self, name: str) -> IO[bytes]:
@@ -215,7 +216,7 @@ class RemoteStore:
             self._guard(name, lambda: bytes(obstore.get(self._store, name, options=cast(Any, options)).bytes())),
         )
         if len(data) != length:
-            raise StoreError(f"{self.uri}/{name}: {len(data)} of {length} bytes at offset {start}: a short reply")
+            raise ShortReadError(f"{self.uri}/{name}: {len(data)} of {length} bytes at offset {start}: a short reply")
         return data
 
     def stream(self, name: str) -> IO[bytes]:
