@@ -1,1 +1,8 @@
-"""iTPN and Fast-iTPN: models, masked feature modeling and evaluation on torch and timm alone."""
+"""iTPN and Fast-iTPN: models, masked feature modeling and evaluation on torch and timm alone.
+
+Importing the package registers every model with timm.
+"""
+
+from itpn_core import models
+
+__all__ = ["models"]
