@@ -17,6 +17,9 @@ from itpn_core.models.layout import to_map
 from itpn_core.models.positions import resample_bias_table, resample_positions
 from itpn_core.models.pyramid import Levels, add_pyramid, default_depth, pyramid_levels
 from itpn_core.models.trunk import StemFeatures, Trunk
+from itpn_core.reduction.migration import mean_of
+from itpn_core.reduction.model import GATHERING_TOKENS
+from itpn_core.reduction.stage import StageOutput
 
 FINAL_NORMS = ("tokens", "pooled")
 _LEVELS = 4
@@ -64,6 +67,10 @@ class Backbone(Trunk):
         self.in_chans = config.in_chans
         self.norm: nn.Module = nn.Identity()
         self.fc_norm: nn.Module = nn.Identity()
+        if pyramid_dim and config.is_fast and final_norm == "pooled":
+            raise ValueError(
+                "final_norm='pooled' with a pyramid: Fast-iTPN's pyramid reads normed tokens; use 'tokens'."
+            )
         if final_norm == "pooled":
             self.fc_norm = layer_norm(config.embed_dim, **kwargs)
         else:
@@ -89,13 +96,17 @@ class Backbone(Trunk):
             for level, (width, block) in enumerate(zip(widths_4, last, strict=True))
         ]
 
-    def encode(self, images_B3HW: Tensor, drop_keys_B: Tensor | None = None) -> tuple[Tensor, StemFeatures]:
-        """Stage-3 tokens before any norm [B, N, E], and the stem's laterals."""
+    def attended(self, images_B3HW: Tensor, drop_keys_B: Tensor | None = None) -> tuple[StageOutput, StemFeatures]:
+        """What stage 3 returns, tokens before any norm [B, N, E] and what was dropped, and the stem's laterals."""
         grid = self.grid_of(*images_B3HW.shape[-2:])
         keep_BP = self.drop_path_factors(images_B3HW.shape[0], images_B3HW.device, drop_keys_B)
         stem = self.stem(self.embed(images_B3HW), keep_BP)
-        x_BNE, _ = self.attend(stem.tokens + self.positions(grid), grid, keep_BP)
-        return x_BNE, stem
+        return self.attend(stem.tokens + self.positions(grid), grid, keep_BP), stem
+
+    def encode(self, images_B3HW: Tensor, drop_keys_B: Tensor | None = None) -> tuple[Tensor, StemFeatures]:
+        """Stage-3 tokens before any norm [B, N, E], and the stem's laterals."""
+        out, stem = self.attended(images_B3HW, drop_keys_B)
+        return out.tokens, stem
 
     def forward_features(self, images_B3HW: Tensor, drop_keys_B: Tensor | None = None) -> Tensor:
         """Stage-3 tokens [B, N, E] in row-major order, after the final norm (which `final_norm="pooled"` puts later).
@@ -107,17 +118,25 @@ class Backbone(Trunk):
         out: Tensor = self.norm(self.encode(images_B3HW, drop_keys_B)[0])
         return out
 
-    def forward_head(self, x_BNE: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pooling, norm, dropout and classifier; `pre_logits` stops before the classifier."""
+    def forward_head(self, x_BNE: Tensor, pre_logits: bool = False, survivors_BN: Tensor | None = None) -> Tensor:
+        """Pooling, norm, dropout and classifier; `pre_logits` stops before the classifier.
+
+        Args:
+            x_BNE: output of `forward_features`.
+            pre_logits: return what the classifier would see.
+            survivors_BN: bool [B, N], tokens to average; None averages all.
+        """
         if self.global_pool == "avg":
-            x_BNE = x_BNE.mean(1)
+            x_BNE = x_BNE.mean(1) if survivors_BN is None else mean_of(x_BNE, survivors_BN)
         x_BE = self.head_drop(self.fc_norm(x_BNE))
         out: Tensor = x_BE if pre_logits else self.head(x_BE)
         return out
 
     def forward(self, images_B3HW: Tensor, drop_keys_B: Tensor | None = None) -> Tensor:
         """Logits [B, num_classes]; pooled features [B, E] without a classifier."""
-        return self.forward_head(self.forward_features(images_B3HW, drop_keys_B))
+        out, _ = self.attended(images_B3HW, drop_keys_B)
+        survivors_BN = out.survivors if self.pools_survivors else None
+        return self.forward_head(self.norm(out.tokens), survivors_BN=survivors_BN)
 
     def forward_levels(self, images_B3HW: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Stage-3 tokens [B, N, E] before any norm, and three dense levels [B, N, S, C], finest first.
@@ -207,16 +226,14 @@ class Backbone(Trunk):
     def no_weight_decay(self) -> set[str]:
         """Parameters that optimisers should not decay besides the one-dimensional ones."""
         tables = {name for name, _ in self.named_parameters() if "relative_position_bias_table" in name}
-        return {self.position_name} | tables
+        return {self.position_name, GATHERING_TOKENS} | tables
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regexes that group parameters by depth: a merge goes with the block before it, it is not a layer."""
         _, stage2, stage3 = self.config.stage_starts
         if coarse:
-            stages = [
-                (rf"^blocks\.({'|'.join(map(str, span))})\.", (index,))
-                for index, span in enumerate((range(stage2), range(stage2, stage3), range(stage3, len(self.blocks))))
-            ]
+            spans = (range(stage2), range(stage2, stage3), range(stage3, len(self.blocks)))
+            stages = [(rf"^blocks\.(?:{'|'.join(map(str, span))})\.", (index,)) for index, span in enumerate(spans)]
         else:
             stages, layer = [], 0
             for index in range(len(self.blocks)):
@@ -225,7 +242,7 @@ class Backbone(Trunk):
                 stages.append((rf"^blocks\.{index}\.", (layer,)))
                 layer += 1
         return {
-            "stem": rf"^{self.position_name}|^patch_embed|^mask_token",
+            "stem": rf"^{self.position_name}|^patch_embed|^mask_token|^{GATHERING_TOKENS}",
             "blocks": [*stages, (r"^norm|^fc_norm", (99999,)), (r"^align_|^split_|^block_|^fpn_", (99999,))],
         }
 

@@ -101,12 +101,12 @@ class ClipStudent(PyramidTrunk):
         stem = self.stem(self.embed(images_B3HW), keep_BP)
         tokens_BNE = torch.where(mask_BN[:, :, None], self.mask_token.to(stem.tokens.dtype), stem.tokens)
         tap = int(_AUX_DEPTH * self.config.depths[2])
-        x_BNE, tapped = self.attend(tokens_BNE + self.positions(grid), grid, keep_BP, (tap,))
-        aux_BNE = tapped[0]
+        attended = self.attend(tokens_BNE + self.positions(grid), grid, keep_BP, (tap,), masked_BN=mask_BN)
+        aux_BNE = attended.taps[0]
         for index, module in enumerate(self.cls_pt_layers):
             block = cast("Block", module)
             aux_BNE = self._run(block, aux_BNE, self.attention_bias(block, grid, self.config.depths[2] + index), None)
-        return ClipFeatures(self.levels(x_BNE, self._laterals(stem, mask_BN)), aux_BNE)
+        return ClipFeatures(self.levels(attended.tokens, self._laterals(stem, mask_BN)), aux_BNE)
 
     def heads(self, features: ClipFeatures) -> tuple[Tensor, Tensor]:
         """Predictions [B, N, T] of the pyramid head and of the auxiliary head."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from itpn_core.reduction.config import TokenGathering, TokenMigration, as_gathering, as_migration
+
 FAMILIES = ("fast", "itpn_clip", "itpn_pixel")
 PATCH_SIZES = (4, 8, 16, 32)
 RELATIVE_BIAS = ("auto", "on", "off")
@@ -37,8 +39,17 @@ class ModelConfig:
     relative_bias: str = field(
         default="auto", metadata={"help": "relative position bias on | off | auto (on in itpn_clip only)"}
     )
+    migration: TokenMigration = field(
+        default_factory=TokenMigration, metadata={"help": "tokens dropped inside stage 3; none by default"}
+    )
+    gathering: TokenGathering = field(
+        default_factory=TokenGathering, metadata={"help": "windows and gathering tokens; global attention by default"}
+    )
 
     def __post_init__(self) -> None:
+        # keyword values come from timm's create_model
+        object.__setattr__(self, "migration", as_migration(self.migration))
+        object.__setattr__(self, "gathering", as_gathering(self.gathering))
         _one_of("family", self.family, FAMILIES)
         _one_of("patch_size", self.patch_size, PATCH_SIZES)
         _one_of("relative_bias", self.relative_bias, RELATIVE_BIAS)

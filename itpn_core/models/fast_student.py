@@ -76,8 +76,7 @@ class FastStudent(PyramidTrunk):
         grid = self.grid_of(*images_B3HW.shape[-2:])
         keep_BP = self.drop_path_factors(images_B3HW.shape[0], images_B3HW.device, drop_keys_B)
         stem = self.stem(self.masked_cells(images_B3HW, mask_BN), keep_BP)
-        x_BNE, _ = self.attend(stem.tokens + self.positions(grid), grid, keep_BP)
-        x_BNE = self.norm(x_BNE)
+        x_BNE = self.norm(self.attend(stem.tokens + self.positions(grid), grid, keep_BP, masked_BN=mask_BN).tokens)
         return x_BNE, stem, self.levels(x_BNE, stem)
 
     def head(self, levels: Levels) -> Tensor:

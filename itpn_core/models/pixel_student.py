@@ -114,7 +114,7 @@ class PixelStudent(PyramidTrunk):
         pixels_BKSP = take_patches(patchify(images_B3HW, self.config.patch_size), ids_keep_BK)
         stem = self.stem(self.patch_embed(pixels_BKSP), keep_BP)
         positions_BKE = self._encoder_positions(grid, ids_keep_BK.shape[1])[0][ids_keep_BK]
-        x_BKE, _ = self.attend(stem.tokens + positions_BKE, grid, keep_BP)
+        x_BKE = self.attend(stem.tokens + positions_BKE, grid, keep_BP, cell_BN=ids_keep_BK).tokens
         return x_BKE, self.levels(x_BKE, stem)
 
     def decode(self, levels: Levels, ids_restore_BN: Tensor, grid: Grid) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +22,8 @@ from itpn_core.models.positions import (
     sincos_positions,
 )
 from itpn_core.random import derive, uniform
+from itpn_core.reduction.model import Reducible
+from itpn_core.reduction.stage import StageOutput
 
 
 class StemFeatures(NamedTuple):
@@ -36,7 +38,7 @@ class StemFeatures(NamedTuple):
     tokens: Tensor
 
 
-class Trunk(nn.Module):
+class Trunk(Reducible):
     """Patch embedding, three stages, positions; parameters carry the published names at the top level.
 
     Args:
@@ -55,8 +57,11 @@ class Trunk(nn.Module):
         self.patch_embed = PatchEmbed(config, **kwargs)
         self.blocks = nn.ModuleList(self._make_blocks(**kwargs))
         self.grad_checkpointing = False
+        # set on copies made by itpn_core.models.inference
+        self.folded = False
         self._positions = SizeCache()
         self._bias_tables = [SizeCache() for _ in range(config.depths[2] + 2)]
+        self.set_token_reduction(config.migration, config.gathering)
 
     def _make_blocks(self, **kwargs: Any) -> Iterable[nn.Module]:
         config = self.config
@@ -128,39 +133,52 @@ class Trunk(nn.Module):
             grid: token grid of the images at hand.
             index: which cache slot the block uses (its place in stage 3).
         """
+        table = self.bias_table(block, grid, index)
+        return None if table is None else bias_from_table(table, grid)
+
+    def bias_table(self, block: Block, grid: Grid, index: int = 0) -> Tensor | None:
+        """Relative-bias table [(2*rows - 1) * (2*columns - 1), heads] of one block for a grid; None without bias."""
         table = block.attn.relative_position_bias_table
-        if table is None:
-            return None
-        if grid != self.grid:
-            resample = self._bias_tables[index].get
-            return bias_from_table(resample(table, grid, lambda: resample_bias_table(table, self.grid, grid)), grid)
-        return bias_from_table(table, grid)
+        if table is None or grid == self.grid:
+            return table
+        resample = self._bias_tables[index].get
+        return resample(table, grid, lambda: resample_bias_table(table, self.grid, grid))
 
     def attend(
-        self, x_BNE: Tensor, grid: Grid, keep_BP: Tensor | None = None, taps: tuple[int, ...] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+        self,
+        x_BNE: Tensor,
+        grid: Grid,
+        keep_BP: Tensor | None = None,
+        taps: tuple[int, ...] = (),
+        *,
+        masked_BN: Tensor | None = None,
+        cell_BN: Tensor | None = None,
+    ) -> StageOutput:
         """Stage 3: all attention blocks over tokens that already carry positions.
 
         Args:
-            x_BNE: tokens of a full grid.
-            grid: their (rows, columns).
+            x_BNE: tokens of a full grid, or of `cell_BN`.
+            grid: (rows, columns) of the image's tokens.
             keep_BP: stochastic-depth factors of the whole trunk, or None.
             taps: 0-based stage-3 blocks whose output is also wanted.
+            masked_BN: bool [B, N], masked patches; token migration never compares or drops them.
+            cell_BN: int64 [B, n], grid cells of the tokens when not all are there.
 
         Returns:
-            Output of the last block, and the tapped outputs in block order.
+            Output of the last block, tapped outputs in block order, and what token migration did.
         """
-        tapped = []
-        first = self.config.depths[0] + self.config.depths[1]
+        first, tapped = self.config.depths[0] + self.config.depths[1], []
+        keep_BP2 = None if keep_BP is None else keep_BP[:, first:].reshape(len(keep_BP), -1, 2)
+        if self.is_reduced:
+            return self.reduced_stage(x_BNE, grid, keep_BP2=keep_BP2, taps=taps, masked_BN=masked_BN, cell_BN=cell_BN)
         for index, block in enumerate(self.stage3):
-            path = first + 2 * index
-            keep_B2 = None if keep_BP is None else keep_BP[:, path : path + 2]
+            keep_B2 = None if keep_BP2 is None else keep_BP2[:, index]
             x_BNE = self._run(block, x_BNE, self.attention_bias(block, grid, index), keep_B2)
             if index in taps:
                 tapped.append(x_BNE)
-        return x_BNE, tapped
+        return StageOutput(x_BNE, tapped, None)
 
-    def _run(self, block: nn.Module, *args: Tensor | None) -> Tensor:
+    def _run(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, *args, use_reentrant=False)
         else:
