@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -128,3 +130,12 @@ def test_a_full_disk_costs_records_but_raises_nothing(tmp_path, config, monkeypa
     kept = [record.event for record in records(tmp_path)]
     assert Params({"before": "1"}) in kept
     assert Params({"after": "1"}) in kept
+
+
+def test_nothing_heavy_is_imported_before_the_follower_runs():
+    code = (
+        "import sys, orchestrator.track.recorder\n"
+        "print([name for name in ('mlflow', 'matplotlib', 'torch', 'requests') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
