@@ -36,10 +36,12 @@ class CacheConfig:
 class DataConfig:
     """Where samples come from, in which order, and how they are read."""
 
-    source: str = field(default="data/fashion-mnist", metadata={"help": "folder, s3://, gs://, az:// or http(s) root"})
+    source: str = field(
+        default="", metadata={"help": "folder, s3://, gs://, az:// or http(s) root; empty = the sample data"}
+    )
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     val_split: str = field(default="val", metadata={"help": "split to evaluate on"})
-    image_size: int = field(default=224, metadata={"help": "side of the square crops in pixels"})
+    image_size: int = field(default=0, metadata={"help": "side of the square crops in pixels; 0 = model.img_size"})
     crop_scale: tuple[float, float] = field(default=(0.2, 1.0), metadata={"help": "area share of a random crop"})
     crop_ratio: tuple[float, float] = field(default=(0.75, 1.3333), metadata={"help": "width / height of a crop"})
     workers: int = field(default=0, metadata={"help": "decoding processes per training worker; 0 = one thread"})
@@ -73,6 +75,6 @@ class DataConfig:
 
 
 _LEAST = {
-    "image_size": 1, "workers": 0, "prefetch": 1, "read_threads": 1, "streams": 1, "run": 1, "block_runs": 1,
+    "image_size": 0, "workers": 0, "prefetch": 1, "read_threads": 1, "streams": 1, "run": 1, "block_runs": 1,
     "memory_mb": 1, "quarantine_budget": 0, "max_pixels": 1, "max_member_mb": 1,
 }  # fmt: skip

@@ -357,5 +357,5 @@ def open_loader(
 def make_order(config: DataConfig, split: Split, seed: int, view: TrainView | EvalView) -> Order:
     """The order that a view of a split implies."""
     if isinstance(view, EvalView):
-        return SequentialOrder(min(view.samples, split.samples) if view.samples else split.samples)
+        return SequentialOrder(min(view.samples or split.samples, split.samples), split.samples)
     return SampleOrder(split.samples, seed, config.streams, config.run, config.block_runs, config.last_batch)

@@ -60,10 +60,12 @@ class SequentialOrder:
     """Manifest order, short last batch: for evaluation.
 
     Attributes:
-        samples: the first so many samples of the split.
+        samples: how many samples, at equal distances over the split (so that shards sorted by class give all classes).
+        of: size of the split; 0 = `samples`.
     """
 
     samples: int
+    of: int = 0
 
     def batches_per_epoch(self, global_batch: int) -> int:
         """As `Order.batches_per_epoch`."""
@@ -77,11 +79,15 @@ class SequentialOrder:
         """As `Order.batch`; the epoch does not matter."""
         size = self.batch_size(index, global_batch)
         start = index * global_batch
-        return np.arange(start + min(low, size), start + (size if high is None else min(high, size)), dtype=np.int64)
+        place = np.arange(start + min(low, size), start + (size if high is None else min(high, size)), dtype=np.int64)
+        return place * (self.of or self.samples) // self.samples
 
     def slots(self, epoch: int, ids_B: I64, global_batch: int) -> tuple[I64, I64]:
-        """As `Order.slots`."""
-        return ids_B // global_batch, ids_B % global_batch
+        """As `Order.slots`; an id that is not among the samples counts as dropped."""
+        of = self.of or self.samples
+        place = (ids_B * self.samples + of - 1) // of
+        chosen = place * of // self.samples == ids_B
+        return np.where(chosen, place // global_batch, self.batches_per_epoch(global_batch)), place % global_batch
 
 
 @dataclass(frozen=True)

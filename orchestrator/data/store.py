@@ -93,6 +93,18 @@ def open_store(uri: str, config: StoreConfig) -> Store:
     return RemoteStore(uri.rstrip("/"), config)
 
 
+class _Descriptor:
+    """An open file that is closed when nobody reads from it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
 class LocalStore:
     """A folder. Reads are positioned reads on open files, so threads share them without a lock."""
 
@@ -102,7 +114,7 @@ class LocalStore:
         path = urllib.parse.unquote(urllib.parse.urlsplit(uri).path) if uri.startswith("file://") else uri
         self.root = Path(path).expanduser().absolute()
         self.uri = str(self.root)
-        self._open: dict[str, IO[bytes]] = {}
+        self._open: dict[str, _Descriptor] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
@@ -114,11 +126,11 @@ class LocalStore:
             raise StoreError(f"object name {name!r} leaves {self.root}; refused")
         return path
 
-    def _file(self, name: str) -> IO[bytes]:
+    def _file(self, name: str) -> _Descriptor:
         with self._lock:
             file = self._open.pop(name, None)
             if file is None:
-                file = cast(IO[bytes], self._guard(name, lambda: self._path(name).open("rb", buffering=0)))
+                file = cast(_Descriptor, self._guard(name, lambda: _Descriptor(self._path(name))))
             self._open[name] = file
             if len(self._open) > self._MAX_OPEN:  # the oldest; a thread still reading keeps it alive until it is done
                 self._open.pop(next(iter(self._open)))
@@ -139,7 +151,7 @@ class LocalStore:
     def read_range(self, name: str, start: int, length: int, etag: str = "") -> bytes:
         """As `Store.read_range`."""
         file = self._file(name)
-        data = cast(bytes, self._guard(name, lambda: os.pread(file.fileno(), length, start)))
+        data = cast(bytes, self._guard(name, lambda: os.pread(file.number, length, start)))
         if len(data) != length:
             got = f"{len(data)} of {length} bytes at offset {start}"
             raise ShortReadError(f"{self.root / name}: {got}: the file is cut")

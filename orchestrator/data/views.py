@@ -73,7 +73,7 @@ class EvalView:
     Attributes:
         image_size: side of the result in pixels.
         crop: side of the crop as a share of the image's shorter side.
-        samples: the first so many samples of the split; 0 = all.
+        samples: so many samples at equal distances over the split; 0 = all.
     """
 
     image_size: int

@@ -15,20 +15,24 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from orchestrator.data.errors import DataError
 from orchestrator.data.loader import Part, ReaderSpec, read_parts
 
 
-class _Parts(IterableDataset[Part]):
+class _Parts(IterableDataset[Part | DataError]):
     """In worker w of n: part w of n of this rank's part of every batch."""
 
     def __init__(self, spec: ReaderSpec) -> None:
         self._spec = spec
 
-    def __iter__(self) -> Iterator[Part]:
+    def __iter__(self) -> Iterator[Part | DataError]:
         info = get_worker_info()
         if info is None:
             raise RuntimeError("this data set is only for worker processes")
-        return read_parts(replace(self._spec, worker=info.id, workers=info.num_workers))
+        try:
+            yield from read_parts(replace(self._spec, worker=info.id, workers=info.num_workers))
+        except DataError as error:  # sent as it is: DataLoader would bury the one clear line in a worker's traceback
+            yield error
 
 
 def _same(piece: Any) -> Any:
@@ -58,7 +62,9 @@ class ProcessSource:
         return self
 
     def __next__(self) -> Part:
-        piece: Part = next(self._iterator)
+        piece: Part | DataError = next(self._iterator)
+        if isinstance(piece, DataError):
+            raise piece
         return piece
 
     def close(self) -> None:
