@@ -4,5 +4,6 @@ Importing the package registers every model with timm.
 """
 
 from itpn_core import models
+from itpn_core.reduction import TokenGathering, TokenMigration
 
-__all__ = ["models"]
+__all__ = ["TokenGathering", "TokenMigration", "models"]

@@ -269,7 +269,7 @@ class Backbone(Trunk):
             for block in self.stage3:
                 _resize_table(block, self.grid, new)
         self.grid = new
-        for cache in (self._positions, *self._bias_tables):
+        for cache in (self._positions, *self._bias_tables, *self._biases):
             cache.clear()
 
 

@@ -18,11 +18,12 @@ from itpn_core.models.layout import square_side
 from itpn_core.models.positions import Grid, relative_position_index, resample_bias_table, resample_positions
 from itpn_core.models.pyramid import PRETRAINING_ONLY
 from itpn_core.models.trunk import Trunk
+from itpn_core.reduction.model import GATHERING_TOKENS
 
 _INDEX = "relative_position_index"
 _TABLE = "relative_position_bias_table"
 # A classifier may start without these; everything else must come from the file.
-_MAY_BE_NEW = ("head.", "fc_norm.", "norm.", *PRETRAINING_ONLY)
+_MAY_BE_NEW = ("head.", "fc_norm.", "norm.", GATHERING_TOKENS, *PRETRAINING_ONLY)
 
 
 @dataclass
@@ -104,6 +105,8 @@ def plan_load(
     Raises:
         WeightsError: when the checkpoint is of another model.
     """
+    if model.folded:
+        raise WeightsError("this model was made by for_inference: load into the original and fold again.")
     _check_same_model(model, state, where)
     report, target = LoadReport(where), model.state_dict()
     old = grid or _grid_of(state[model.position_name].shape[1], model.grid, where)
@@ -233,6 +236,8 @@ def model_from_checkpoint(
 
 def official_state(model: Trunk) -> dict[str, Tensor]:
     """The state dict under official names, with the index buffer that published iTPN models carry."""
+    if model.folded:
+        raise WeightsError("this model was made by for_inference: its weights are folded; export the original model.")
     state = {name: value.detach() for name, value in model.state_dict().items()}
     if any(name.endswith(_TABLE) for name in state):
         state[_INDEX] = relative_position_index(model.grid)

@@ -26,23 +26,24 @@ class SizeCache:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self._kept: dict[tuple[Grid, bool], tuple[Tensor, tuple[Any, ...], Tensor]] = {}
 
     def get(self, parameter: Tensor, grid: Grid, compute: Callable[[], Tensor]) -> Tensor:
         """The kept tensor for this state of the parameter and this grid, or a new one."""
         trainable = parameter.requires_grad and torch.is_grad_enabled()
         if trainable or torch.compiler.is_compiling() or parameter.is_inference():
             return compute()
-        key = (
-            *(grid, parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device),
-            # a tensor made in inference mode cannot serve autograd later
-            torch.is_inference_mode_enabled(),
-        )
-        if key not in self._kept:
-            if len(self._kept) >= _CACHED_SIZES:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = compute()
-        return self._kept[key]
+        # a tensor made in inference mode cannot serve autograd later
+        key = grid, torch.is_inference_mode_enabled()
+        stamp = parameter.data_ptr(), parameter._version, parameter.dtype, parameter.device
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] is parameter and kept[1] == stamp:
+            return kept[2]
+        if len(self._kept) >= _CACHED_SIZES and key not in self._kept:
+            self._kept.pop(next(iter(self._kept)))
+        result = compute()
+        self._kept[key] = parameter, stamp, result
+        return result
 
     def clear(self) -> None:
         """Forgets everything."""

@@ -25,6 +25,9 @@ from itpn_core.random import derive, uniform
 from itpn_core.reduction.model import Reducible
 from itpn_core.reduction.stage import StageOutput
 
+# Larger attention biases are rebuilt at every use: at 1024 pixels one layer's would take 0.5 GB.
+_CACHED_BIAS_TOKENS = 400
+
 
 class StemFeatures(NamedTuple):
     """Features before attention.
@@ -60,7 +63,9 @@ class Trunk(Reducible):
         # set on copies made by itpn_core.models.inference
         self.folded = False
         self._positions = SizeCache()
+        # two more than stage 3 has blocks: the auxiliary branch of ClipStudent
         self._bias_tables = [SizeCache() for _ in range(config.depths[2] + 2)]
+        self._biases = [SizeCache() for _ in range(config.depths[2] + 2)]
         self.set_token_reduction(config.migration, config.gathering)
 
     def _make_blocks(self, **kwargs: Any) -> Iterable[nn.Module]:
@@ -133,8 +138,16 @@ class Trunk(Reducible):
             grid: token grid of the images at hand.
             index: which cache slot the block uses (its place in stage 3).
         """
-        table = self.bias_table(block, grid, index)
-        return None if table is None else bias_from_table(table, grid)
+        parameter = block.attn.relative_position_bias_table
+        if parameter is None:
+            return None
+
+        def compute() -> Tensor:
+            return bias_from_table(cast("Tensor", self.bias_table(block, grid, index)), grid)
+
+        if grid[0] * grid[1] > _CACHED_BIAS_TOKENS:
+            return compute()
+        return self._biases[index].get(parameter, grid, compute)
 
     def bias_table(self, block: Block, grid: Grid, index: int = 0) -> Tensor | None:
         """Relative-bias table [(2*rows - 1) * (2*columns - 1), heads] of one block for a grid; None without bias."""
