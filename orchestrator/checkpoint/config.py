@@ -11,5 +11,5 @@ class CheckpointConfig:
 
     every_epochs: int = field(default=1, metadata={"help": "save after every N epochs; 0 = not by epoch"})
     every_steps: int = field(default=0, metadata={"help": "save after every N steps; 0 = not by step"})
-    every_minutes: float = field(default=15.0, metadata={"help": "save when the last save is this old; 0 = not by time"})
+    every_minutes: float = field(default=15.0, metadata={"help": "save when the last save is older; 0 = not by time"})
     keep: int = field(default=3, metadata={"help": "newest committed checkpoints that are kept"})

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from itpn_core.errors import UserError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from itpn_core.errors import UserError
 from orchestrator.data.folder import Folder, StorageError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from itpn_core.errors import UserError
 
 
 class SettingError(UserError):
-    """A setting is unknown, of the wrong type or impossible; the message names the key, the value and what is allowed."""
+    """A setting is unknown, of the wrong type or impossible; the text names key, value and what is allowed."""
 
 
 def nearest_key(word: str, words: Iterable[str]) -> str:

@@ -65,7 +65,9 @@ def _parse_override(word: str) -> tuple[str, Any]:
     try:
         return key, yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
-        raise SettingError(f"the value of {key!r} is not valid YAML: {text!r}. Quote it, or check its brackets") from None
+        raise SettingError(
+            f"the value of {key!r} is not valid YAML: {text!r}. Quote it, or check its brackets"
+        ) from None
 
 
 def _numbers(value: Any) -> Any:

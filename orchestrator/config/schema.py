@@ -40,9 +40,7 @@ def leaves(schema: type[Any], prefix: str = "", *, affects_result: bool = True) 
             found += leaves(hint, f"{key}.", affects_result=counts)
             continue
         choices = tuple(c for c in str(item.metadata.get("choices", "")).split(",") if c)
-        found.append(
-            Leaf(key, _type_name(hint), _default(item), str(item.metadata.get("help", "")), choices, counts)
-        )
+        found.append(Leaf(key, _type_name(hint), _default(item), str(item.metadata.get("help", "")), choices, counts))
     return found
 
 

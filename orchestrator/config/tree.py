@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig
-
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.data.config import DataConfig
 from orchestrator.evaluate.config import EvalConfig

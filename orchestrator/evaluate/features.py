@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.data.config import DataConfig
-from orchestrator.data.loader import EvalView, open_loader
+from orchestrator.data.loader import open_loader
 from orchestrator.data.manifest import Split
+from orchestrator.data.views import EvalView
 
 Extract = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] on the device -> features [B, D]."""
@@ -18,7 +19,14 @@ Extract = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def collect(
-    extract: Extract, data: DataConfig, split: Split, view: EvalView, batch: int, rank: int, world: int, device: torch.device
+    extract: Extract,
+    data: DataConfig,
+    split: Split,
+    view: EvalView,
+    batch: int,
+    rank: int,
+    world: int,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of the view's samples, in the view's order. Collective: every rank calls it.
 
@@ -37,7 +45,15 @@ def collect(
     """
     features, labels, ids = [], [], []
     with open_loader(
-        data, split, seed=0, epoch=0, global_batch=batch * world, rank=rank, world=world, view=view
+        data,
+        split,
+        seed=0,
+        epoch=0,
+        first_batch=0,
+        global_batch=batch * world,
+        rank=rank,
+        world=world,
+        view=view,
     ) as batches:
         for item in batches:
             if len(item.ids):

@@ -13,16 +13,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from itpn_core.evaluation import accuracy, feature_std, knn_classify, paired_difference, rankme, raw_pixel_features
-from itpn_core.pretraining.tasks import PretrainTask
 from torch import Tensor
 
+from itpn_core.evaluation import accuracy, feature_std, knn_classify, paired_difference, rankme, raw_pixel_features
+from itpn_core.pretraining.base import PretrainTask
 from orchestrator.config.tree import PretrainConfig
-from orchestrator.data.loader import EvalView
+from orchestrator.data.config import DataConfig
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.views import EvalView
 from orchestrator.evaluate.features import Extract, collect
 from orchestrator.train.context import RunContext
-from orchestrator.train.statistics import spread_ids
 from orchestrator.train.step import autocast_dtype
 
 
@@ -77,7 +77,7 @@ class Evaluator:
         assert best is not None  # noqa: S101 -- the loop ran
         known |= best[1]
         metrics["eval/knn_top1_raw_pixels"] = best[0]
-        if task.teacher_features is not None:
+        if task.teacher is not None:
             features = self._features(self._in_precision(task.teacher_features), self._config.data)
             metrics["eval/knn_top1_teacher"] = self._score("teacher", *features, known)
         return metrics
@@ -94,10 +94,10 @@ class Evaluator:
 
         return run
 
-    def _features(self, extract: Extract, data: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _features(self, extract: Extract, data: DataConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         config, run = self._config.eval, self._run
-        bank = EvalView(ids=spread_ids(self._train.samples, config.bank))
-        query = EvalView(ids=spread_ids(self._val.samples, config.queries or self._val.samples))
+        bank = EvalView(data.image_size, config.crop, config.bank)
+        query = EvalView(data.image_size, config.crop, config.queries)
         place = (config.batch, run.rank, run.world, run.device)
         return (*collect(extract, data, self._train, bank, *place), *collect(extract, data, self._val, query, *place))
 
@@ -127,8 +127,8 @@ class Evaluator:
                     f" (standard error of the paired difference {100 * gain.standard_error:.2f})"
                 )
         protocol = (
-            f"cosine k-NN, k={self._config.eval.k}, bank {self._config.eval.bank} of {self._train.samples} train images,"
-            f" {queries} val queries, similarity-weighted vote"
+            f"cosine k-NN, k={self._config.eval.k}, similarity-weighted vote,"
+            f" bank {self._config.eval.bank} of {self._train.samples} train images, {queries} val queries"
         )
         return {"knn": knn, "differences": differences, "protocol": protocol}
 

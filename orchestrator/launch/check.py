@@ -22,12 +22,14 @@ def check(config: PretrainConfig) -> Manifest:
     batch = config.train.global_batch
     if config.data.last_batch == "drop" and train.samples < batch:
         raise SettingError(
-            f"train.global_batch={batch} is larger than the split {train.name!r} with {train.samples} samples, so an epoch"
-            f" would have no batch: use at most {train.samples}, or data.last_batch=short"
+            f"train.global_batch={batch} is larger than the split {train.name!r} with {train.samples} samples, so an"
+            f" epoch would have no batch: use at most {train.samples}, or data.last_batch=short"
         )
     for key, asked, split in (("eval.bank", config.eval.bank, train), ("eval.queries", config.eval.queries, val)):
         if asked > split.samples:
-            raise SettingError(f"{key}={asked} but the split {split.name!r} has {split.samples} samples: use at most that")
+            raise SettingError(
+                f"{key}={asked} but the split {split.name!r} has {split.samples} samples: use at most that"
+            )
     return manifest
 
 
@@ -46,8 +48,8 @@ def _check_settings(config: PretrainConfig) -> None:
             raise SettingError(f"{key}={value}: it must be at least 1")
     if batch < workers:
         raise SettingError(
-            f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one image"
-            f" per step; use train.global_batch>={workers} or cluster.workers<={max(batch, 1)}"
+            f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one"
+            f" image per step; use train.global_batch>={workers} or cluster.workers<={max(batch, 1)}"
         )
     if config.data.image_size != config.model.img_size:
         raise SettingError(
@@ -55,7 +57,9 @@ def _check_settings(config: PretrainConfig) -> None:
             " leave data.image_size at 0 to follow the model"
         )
     if config.eval.bank < config.eval.k:
-        raise SettingError(f"eval.bank={config.eval.bank} is smaller than eval.k={config.eval.k}: neighbours would be missing")
+        raise SettingError(
+            f"eval.bank={config.eval.bank} is smaller than eval.k={config.eval.k}: neighbours would be missing"
+        )
     optimizer = config.train.optimizer
     if optimizer.lr <= 0:
         raise SettingError(f"train.optimizer.lr={optimizer.lr}: it must be above 0")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from itpn_core.errors import UserError
-
 from orchestrator.config.load import load, to_yaml
 from orchestrator.config.schema import help_text
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
-from itpn_core.errors import UserError
 
+from itpn_core.errors import UserError
 from orchestrator.launch.config import ClusterConfig
 
 

@@ -22,8 +22,8 @@ class ClusterConfig:
 class RunConfig:
     """Name and place of a run."""
 
-    name: str = field(default="", metadata={"help": "run name; empty = <recipe>-<8 hex of the fields that affect the result>"})
+    name: str = field(default="", metadata={"help": "run name; empty = <recipe>-<8 hex of what affects the result>"})
     storage: str = field(
         default="", metadata={"help": "folder or URI that holds runs; empty = $ITPN_HOME/runs (~/itpn/runs)"}
     )
-    stop_deadline_s: float = field(default=45.0, metadata={"help": "time allowed for the last checkpoint after a stop request"})
+    stop_deadline_s: float = field(default=45.0, metadata={"help": "time for the last checkpoint after a stop request"})

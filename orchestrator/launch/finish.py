@@ -41,7 +41,10 @@ def end_table(config: PretrainConfig, folder: Folder, outcome: dict[str, Any]) -
         ("run", config.run.name),
         ("files", folder.uri),
         ("tracking", config.track.uri),
-        ("steps", f"{outcome['step']} of {config.train.global_batch} images, {duration(outcome['seconds'])} of training"),
+        (
+            "steps",
+            f"{outcome['step']} of {config.train.global_batch} images, {duration(outcome['seconds'])} of training",
+        ),
         ("loss", f"{outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}"),
         ("images/s", f"{outcome['images_per_second']:.0f}"),
     ]

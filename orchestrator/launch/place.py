@@ -9,5 +9,5 @@ from orchestrator.data.folder import Folder
 
 
 def local_directory(folder: Folder, run_uid: str) -> Path:
-    """Where this host keeps the journal of a run: in the run folder when that is a local disk, else in a scratch place."""
+    """Where this host keeps a run's journal: the run folder when that is a local disk, else a scratch folder."""
     return folder.local_path() or Path(tempfile.gettempdir()) / f"itpn-run-{run_uid}"

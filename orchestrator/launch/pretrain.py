@@ -47,9 +47,17 @@ def pretrain(config: PretrainConfig, recipe: str) -> int:
     facts = {"recipe": recipe, **driver_facts()}
     with connected(config.cluster):
         resources = request(config.cluster)
-        print(f"{resources.workers} workers x {resources.bundle}; Ray started after {duration(time.monotonic() - started)}")
-        outcome, error = _fit(config, resources, folder, record, facts)
-    return _end(config, folder, record, outcome, error)
+        print(
+            f"{resources.workers} workers x {resources.bundle}; Ray is up after {duration(time.monotonic() - started)}"
+        )
+        returned, error = _fit(config, resources, folder, record, facts)
+    if returned is None:
+        return _failed(config, folder, record, error)
+    if "refused" in returned:
+        record_end(config, folder, record, "failed", returned["refused"])
+        print(f"error: {returned['refused']}", file=sys.stderr)
+        return EXIT_FAILED
+    return _ended(config, folder, record, returned["outcome"])
 
 
 def _fit(
@@ -114,21 +122,20 @@ def _stop_signals(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(
-    config: PretrainConfig,
-    folder: Folder,
-    record: RunRecord,
-    outcome: dict[str, Any] | None,
-    error: TrainingFailedError | None,
-) -> int:
-    if outcome is None:
-        print(f"error: the run failed: {_root_cause(error)}", file=sys.stderr)
-        record_end(config, folder, record, "failed", _root_cause(error))
-        print("Type the same command again to resume from the last checkpoint.", file=sys.stderr)
-        return EXIT_FAILED
+def _failed(config: PretrainConfig, folder: Folder, record: RunRecord, error: TrainingFailedError | None) -> int:
+    cause = root_cause(error)
+    key = f"failures/attempt-{record.attempts:04d}.txt"
+    folder.put(key, str(error).encode())
+    print(f"error: the run failed: {cause}\n(all of it: {folder.uri}/{key})", file=sys.stderr)
+    print("Type the same command again to resume from the last checkpoint.", file=sys.stderr)
+    record_end(config, folder, record, "failed", cause)
+    return EXIT_FAILED
+
+
+def _ended(config: PretrainConfig, folder: Folder, record: RunRecord, outcome: dict[str, Any]) -> int:
     if outcome["stopped"]:
         record_end(config, folder, record, "stopped", outcome["stopped"])
-        print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume from there.")
+        print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume.")
         return EXIT_OK
     replace(record, finished=True, summary=outcome).save(folder)
     record_end(config, folder, record, "finished", "")
@@ -136,11 +143,15 @@ def _end(
     return EXIT_OK
 
 
-def _root_cause(error: BaseException | None) -> str:
-    """The failing rank's own words: the last line of its exception, not Ray's wrapping."""
-    text = str(error).strip()
+def root_cause(error: BaseException | None) -> str:
+    """The first failing rank's own words, not Ray's wrapping."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, first = min(failures.items())
-        text = f"rank {rank}: {str(first).strip().splitlines()[-1]}"
-    return text.splitlines()[-1] if text else type(error).__name__
+        return f"rank {rank}: {_last_line(first)}"
+    return _last_line(error)
+
+
+def _last_line(error: BaseException | None) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

@@ -73,4 +73,3 @@ def table(rows: list[tuple[str, str]]) -> str:
     body = [f"  {name.ljust(width)}   {value}" for name, value in rows]
     rule = "-" * min(100, max(len(line) for line in body) + 2)
     return "\n".join([rule, *body, rule])
-

@@ -12,7 +12,9 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
+from itpn_core.errors import UserError
 from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.errors import DataError
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import BoardClient, Progress
 from orchestrator.launch.place import local_directory
@@ -85,7 +87,12 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     run = RayContext(assignment)
     try:
-        return asdict(train(assignment.config, run))
+        return {"outcome": asdict(train(assignment.config, run))}
+    except DataError:
+        raise  # may be one rank's storage trouble, which a restart can cure
+    except UserError as error:
+        # Every rank finds the same mistake, and a restart would find it again: say it instead of retrying.
+        return {"refused": str(error)}
     finally:
         run.close()
 

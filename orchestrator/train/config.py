@@ -18,7 +18,7 @@ class OptimizerConfig:
     warmup_fraction: float = field(default=0.05, metadata={"help": "fraction of all steps with linear warm-up"})
     betas: tuple[float, float] = field(default=(0.9, 0.98), metadata={"help": "AdamW's moment decay rates"})
     eps: float = field(default=1e-6, metadata={"help": "AdamW's epsilon"})
-    weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices; norms, biases, embeddings have none"})
+    weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices; none on norms, biases, embeddings"})
     layer_decay: float = field(default=1.0, metadata={"help": "factor of the learning rate per layer below the head"})
     clip_grad_norm: float = field(default=3.0, metadata={"help": "largest global gradient norm; 0 = no clipping"})
     average_decay: float = field(
@@ -47,7 +47,9 @@ class TrainConfig:
     micro_batch: int = field(
         default=0, metadata={"help": "most images per forward pass and worker; 0 = a worker's whole share"}
     )
-    precision: str = field(default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"})
+    precision: str = field(
+        default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"}
+    )
     compile: bool = field(default=False, metadata={"help": "torch.compile the student"})
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
     log_every: int = field(default=10, metadata={"help": "steps between two reads of losses from the device"})

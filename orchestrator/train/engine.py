@@ -9,14 +9,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
 from itpn_core.errors import UserError
 from itpn_core.pretraining.tasks import build_task
-
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.loader import Batch, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
+from orchestrator.data.views import TrainView
 from orchestrator.evaluate.knn import Evaluator
 from orchestrator.train.context import RunContext
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
@@ -123,6 +124,8 @@ class Engine:
             global_batch=self.config.train.global_batch,
             rank=self.run.rank,
             world=self.run.world,
+            view=TrainView(self.config.data.image_size, self.config.data.crop_scale, self.config.data.crop_ratio),
+            quarantined=self.state.quarantined,
         )
         with loader as batches:
             yield batches
@@ -137,7 +140,7 @@ class Engine:
         """One optimizer step; its losses stay on the device."""
         assert self.step_fn is not None  # noqa: S101 -- restore() comes first
         count = self.order.batch_size(batch.index, self.config.train.global_batch)
-        values = self.step_fn(batch.images, batch.ids, batch.epoch, count)
+        values = self.step_fn(batch, count)
         if self.window is None:
             self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
         self.window.add(values)
@@ -145,9 +148,7 @@ class Engine:
     def window_due(self) -> bool:
         """Whether it is time to look at the losses: the window is full, or an epoch or the run ends."""
         step = self.state.step
-        return self.window is not None and (
-            self.window.full or step % self.steps_per_epoch == 0 or step >= self.total
-        )
+        return self.window is not None and (self.window.full or step % self.steps_per_epoch == 0 or step >= self.total)
 
     def read_window(self) -> tuple[str, bool]:
         """Brings the losses to the host, records them, and agrees with the other ranks on what to do.
@@ -195,8 +196,8 @@ class Engine:
         if len(self.state.skipped) > budget:
             raise UserError(
                 f"the gradient was not finite or spiked at step {self.state.skipped[-1]} (in all at steps "
-                f"{self.state.skipped}); the weights were not changed by it. train.guard.skip_budget={budget} allows no "
-                "more: lower train.optimizer.lr, look at the samples of that step, or raise the budget"
+                f"{self.state.skipped}); the weights were not changed by it. train.guard.skip_budget={budget} allows "
+                "no more: lower train.optimizer.lr, look at the samples of that step, or raise the budget"
             )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

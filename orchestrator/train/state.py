@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from itpn_core.pretraining.tasks import PretrainTask
 from torch import Tensor
 
+from itpn_core.pretraining.base import PretrainTask
 from orchestrator.checkpoint.store import CheckpointError, Snapshot
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
 from typing import Any
 
 import torch
-from itpn_core.random import stream_keys
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from itpn_core.random import stream_keys
 from orchestrator.data.config import DataConfig
 from orchestrator.data.device import augment
+from orchestrator.data.loader import Batch
 from orchestrator.train.config import TrainConfig
 from orchestrator.train.optimizer import lr_factor, set_lr
 from orchestrator.train.state import TrainState
@@ -24,7 +25,7 @@ def even_parts(count: int, parts: int) -> list[slice]:
     The last slice must not be empty when any is: its backward pass carries the gradient all-reduce.
     """
     edges = [index * count // parts for index in range(parts + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def micro_batches(global_batch: int, world: int, micro_batch: int) -> int:
@@ -71,14 +72,12 @@ class Step:
         self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         self._model: nn.Module = distribute(state.task, device, world)
 
-    def __call__(self, images_u8_B3HW: Tensor, ids_B: Tensor, epoch: int, global_count: int) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, global_count: int) -> dict[str, Tensor]:
         """Runs forward, backward and update.
 
         Args:
-            images_u8_B3HW: uint8, this rank's part of the global batch.
-            ids_B: int64 sample ids.
-            epoch: epoch of the batch, for the random choices.
-            global_count: samples of the whole batch over all ranks.
+            batch: this rank's part of the global batch; holes (quarantined samples) get no weight.
+            global_count: samples of the whole batch over all ranks, holes included.
 
         Returns:
             This rank's summands of the global values: "loss", its parts, "grad_norm" and "skipped".
@@ -86,35 +85,35 @@ class Step:
         lr = self._peak_lr * lr_factor(self.state.step, self._total, self._config.optimizer)
         set_lr(self.state.optimizer, lr)
         sums: dict[str, Tensor] = {}
-        for images, ids, synchronise in self._micro(images_u8_B3HW, ids_B):
-            with contextlib.nullcontext() if synchronise else self._no_sync():
-                for name, value in self._forward_backward(images, ids, epoch, global_count).items():
+        parts = even_parts(len(batch.ids), self._parts)
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                for name, value in self._forward_backward(batch, part, global_count).items():
                     sums[name] = sums[name] + value if name in sums else value
         norm, refused = self._update()
         # Both are equal on all ranks; divided here because the window sums over ranks.
         return {**sums, "grad_norm": norm / self._world, "skipped": refused / self._world}
 
-    def _micro(self, images: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, bool]]:
-        slices = even_parts(len(ids), self._parts)
-        for index, part in enumerate(slices):
-            yield images[part], ids[part], index == len(slices) - 1
-
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else contextlib.nullcontext()
 
-    def _forward_backward(self, images_u8: Tensor, ids_B: Tensor, epoch: int, global_count: int) -> dict[str, Tensor]:
-        images_u8 = images_u8.to(self._device, non_blocking=True)
-        ids_B = ids_B.to(self._device, non_blocking=True)
-        images_B3HW = augment(images_u8, ids_B, self._config.seed, epoch, self._data)
+    def _forward_backward(self, batch: Batch, part: slice, global_count: int) -> dict[str, Tensor]:
+        images_u8, ids_B, weight_B = (
+            t[part].to(self._device, non_blocking=True) for t in (batch.images, batch.ids, batch.valid)
+        )
+        images_B3HW = augment(images_u8, ids_B, self._config.seed, batch.epoch, self._data.augment)
         if self._config.precision == "fp64":
             images_B3HW = images_B3HW.double()
-        keys_B = stream_keys(self._config.seed, epoch, ids_B, "objective")
+        keys_B = stream_keys(self._config.seed, batch.epoch, ids_B, "objective")
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             targets = self.state.task.targets(images_B3HW)
             output = self._model(images_B3HW, targets, keys_B)
-        (output.loss_B.sum() * (self._world / global_count)).backward()
-        parts = {"loss": output.loss_B, **output.parts}
-        return {name: value_B.detach().sum() / global_count for name, value_B in parts.items()}
+        losses = {"loss": output.loss_B, **output.parts}
+        # `where`, not a product: a hole's loss may be anything, also not a number.
+        kept = {name: torch.where(weight_B, value_B, 0) for name, value_B in losses.items()}
+        torch.autograd.backward(kept["loss"].sum() * (self._world / global_count))
+        return {name: value_B.detach().sum() / global_count for name, value_B in kept.items()}
 
     def _update(self) -> tuple[Tensor, Tensor]:
         limit = self._config.optimizer.clip_grad_norm or float("inf")

@@ -63,9 +63,7 @@ class Window:
             dist.all_reduce(packed)
         numbers = packed.tolist()
         width = len(self.names)
-        rows = [
-            dict(zip(self.names, numbers[i * width : (i + 1) * width], strict=True)) for i in range(self._filled)
-        ]
+        rows = [dict(zip(self.names, numbers[i * width : (i + 1) * width], strict=True)) for i in range(self._filled)]
         flat = self._filled * width
         self._filled = 0
         return Reading(rows, [value > 0 for value in numbers[flat:]])
