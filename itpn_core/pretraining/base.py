@@ -134,8 +134,8 @@ class PretrainTask(nn.Module):
         self.train(False)
         images_B3HW = self.normalise(images_B3HW)
         grid = student.grid_of(*images_B3HW.shape[-2:])
-        _, _, tokens_BNE = student.stem(student.embed(images_B3HW))
-        x_BNE, _ = student.attend(tokens_BNE + student.positions(grid), grid)
+        tokens_BNE = student.stem(student.embed(images_B3HW)).tokens
+        x_BNE = student.attend(tokens_BNE + student.positions(grid), grid).tokens
         x_BNE = student.norm(x_BNE) if self.model_config.is_fast else plain_layer_norm(x_BNE)
         self.train(mode)
         return at_least_float32(x_BNE)
