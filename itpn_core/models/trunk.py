@@ -66,7 +66,9 @@ class Trunk(Reducible):
         # two more than stage 3 has blocks: the auxiliary branch of ClipStudent
         self._bias_tables = [SizeCache() for _ in range(config.depths[2] + 2)]
         self._biases = [SizeCache() for _ in range(config.depths[2] + 2)]
-        self.set_token_reduction(config.migration, config.gathering)
+        # the plan is made of index tables that must exist also when the caller builds under torch.device("meta")
+        with torch.device("cpu"):
+            self.set_token_reduction(config.migration, config.gathering)
 
     def _make_blocks(self, **kwargs: Any) -> Iterable[nn.Module]:
         config = self.config
