@@ -22,7 +22,7 @@ class NotFoundError(StoreError):
 
 
 class ShortReadError(StoreError):
-    """A reply or a file holds fewer bytes than were asked for."""
+    """A reply or a file holds other or fewer bytes than were asked for."""
 
 
 class ChangedError(StoreError):

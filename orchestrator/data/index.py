@@ -1,7 +1,8 @@
 """Binary index of one shard: where every member lies and the crc32c of its bytes.
 
-Layout, little-endian: the 64-byte header, the extension names as JSON, one 24-byte row per member, and the crc32c of
-all that. A reader fetches it only for shards it opens, and never has to parse a tar while training.
+Layout, little-endian: the 64-byte header, a line of JSON (extension names, version mark of the tar in its store,
+largest label), one 24-byte row per member, and the crc32c of all that. A reader fetches it only for shards it opens,
+and never has to parse a tar while training.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import webdataset.tariterators as wds_tar
 from orchestrator.data.errors import IntegrityError
 
 MAGIC = b"ITPNIDX1"
-_HEADER = struct.Struct("<8s32sQIII4x")  # magic, sha256 of the shard, its bytes, samples, members, bytes of names
+_HEADER = struct.Struct("<8s32sQIII4x")  # magic, sha256 of the shard, its bytes, samples, members, bytes of JSON
 _BLOCK = 512  # tar block
 MEMBER = np.dtype(
     [("offset", "<u8"), ("length", "<u4"), ("crc32c", "<u4"), ("sample", "<u4"), ("field", "<u2"), ("pad", "<u2")]
@@ -43,6 +44,8 @@ class ShardIndex:
         fields: extension names (`jpg`, `cls`), indexed by the rows' `field`.
         members: rows of `MEMBER`; `sample` counts from 0 in tar order.
         first: int64 [samples + 1], first row of each sample.
+        etag: the store's version mark of the tar that was read; empty for local files.
+        top_label: largest number in a `cls` member; -1 when there is none.
     """
 
     sha256: str
@@ -50,6 +53,8 @@ class ShardIndex:
     fields: tuple[str, ...]
     members: npt.NDArray[np.void]
     first: npt.NDArray[np.int64]
+    etag: str = ""
+    top_label: int = -1
 
     @property
     def samples(self) -> int:
@@ -72,7 +77,8 @@ class ShardIndex:
 
     def to_bytes(self) -> bytes:
         """Serialised form; `from_bytes` reads it back."""
-        names = json.dumps(list(self.fields)).encode()
+        about = {"fields": list(self.fields), "etag": self.etag, "top_label": self.top_label}
+        names = json.dumps(about).encode()
         header = _HEADER.pack(
             MAGIC, bytes.fromhex(self.sha256), self.nbytes, self.samples, len(self.members), len(names)
         )
@@ -95,9 +101,11 @@ class ShardIndex:
         if google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise IntegrityError(f"{where}: the index is damaged or cut; rebuild it with jobs/index_shards.py")
         _, sha256, nbytes, samples, members, name_bytes = _HEADER.unpack_from(data)
-        fields = tuple(json.loads(data[_HEADER.size : _HEADER.size + name_bytes]))
+        about = json.loads(data[_HEADER.size : _HEADER.size + name_bytes])
         rows = np.frombuffer(data, dtype=MEMBER, count=members, offset=_HEADER.size + name_bytes)
-        return ShardIndex(sha256.hex(), nbytes, fields, rows, _first_rows(rows, samples))
+        first = _first_rows(rows, samples)
+        fields = tuple(about["fields"])
+        return ShardIndex(sha256.hex(), nbytes, fields, rows, first, about["etag"], about["top_label"])
 
 
 def _first_rows(members: npt.NDArray[np.void], samples: int) -> npt.NDArray[np.int64]:
@@ -122,7 +130,7 @@ class _Tap(io.RawIOBase):
         return data
 
 
-def scan_tar(stream: IO[bytes], where: str, max_member: int = 1 << 30) -> ShardIndex:
+def scan_tar(stream: IO[bytes], where: str, etag: str = "", max_member: int = 1 << 30) -> ShardIndex:
     """Reads a whole tar once and builds its index.
 
     Samples are grouped as WebDataset groups them: consecutive members whose names agree up to the first dot.
@@ -130,6 +138,7 @@ def scan_tar(stream: IO[bytes], where: str, max_member: int = 1 << 30) -> ShardI
     Args:
         stream: the shard from its first byte; read to its end, never seeked.
         where: name of the shard, for error texts.
+        etag: version mark of the tar, kept in the index.
         max_member: largest allowed member in bytes.
 
     Raises:
@@ -139,17 +148,20 @@ def scan_tar(stream: IO[bytes], where: str, max_member: int = 1 << 30) -> ShardI
     tap = _Tap(stream)
     rows: list[tuple[int, int, int, int, int, int]] = []
     fields: dict[str, int] = {}
-    key, sample, seen = None, -1, set[str]()
+    key, sample, seen, top_label = None, -1, set[str](), -1
     for member_key, field, offset, data in _members(tap, where, max_member):
         if member_key != key:
             key, sample, seen = member_key, sample + 1, set()
         if field in seen:
             raise IntegrityError(f"{where}: sample {member_key!r} has the field {field!r} twice")
         seen.add(field)
+        if field == "cls" and data.strip().isdigit():
+            top_label = max(top_label, int(data))
         code = fields.setdefault(field, len(fields))
         rows.append((offset, len(data), google_crc32c.value(data), sample, code, 0))
     members = np.array(rows, dtype=MEMBER)
-    return ShardIndex(tap.sha256.hexdigest(), tap.nbytes, tuple(fields), members, _first_rows(members, sample + 1))
+    first = _first_rows(members, sample + 1)
+    return ShardIndex(tap.sha256.hexdigest(), tap.nbytes, tuple(fields), members, first, etag, top_label)
 
 
 def _members(tap: _Tap, where: str, max_member: int) -> Iterator[tuple[str, str, int, bytes]]:

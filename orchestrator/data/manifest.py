@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from orchestrator.data.errors import ManifestError, NotFoundError
-from orchestrator.data.store import StoreConfig, open_store
+from orchestrator.data.errors import ManifestError, NotFoundError, StoreError
+from orchestrator.data.patterns import select, split_pattern
+from orchestrator.data.store import Store, StoreConfig, open_store
 
 FORMAT = "itpn-shards"
 VERSION = 1
@@ -99,19 +100,22 @@ class Manifest:
     def load(uri: str, store_config: StoreConfig | None = None) -> Manifest:
         """Reads `index.json` below `uri` (a folder, s3://, gs://, az:// or http(s):// prefix).
 
+        A brace pattern or glob behind the last folder (`s3://b/p/train-{000000..000007}.tar`) selects shards.
+
         Raises:
             StoreError: the store cannot be reached or refused us.
             ManifestError: there is no manifest, or it is not one of ours.
         """
-        store = open_store(uri, store_config or StoreConfig())
+        root, pattern = split_pattern(uri)
+        store = open_store(root, store_config or StoreConfig())
         try:
             text = store.read(MANIFEST_NAME)
         except NotFoundError as error:
-            raise ManifestError(
-                f"no data set at {uri}: {MANIFEST_NAME} is not there. Make one with jobs/make_shards.py SOURCE {uri}, "
-                f"or, if tars are already there, index them with jobs/index_shards.py {uri}"
-            ) from error
-        return Manifest.parse(text, uri)
+            if "no such bucket" in str(error):
+                raise
+            raise ManifestError(_no_manifest(store, root)) from error
+        manifest = Manifest.parse(text, root)
+        return manifest.only(pattern) if pattern else manifest
 
     @staticmethod
     def parse(text: bytes, uri: str) -> Manifest:
@@ -136,6 +140,20 @@ class Manifest:
                 f"{where} is not a manifest of this project ({type(error).__name__}: {error}); "
                 "for plain WebDataset tars run jobs/index_shards.py first"
             ) from error
+
+    def only(self, pattern: str) -> Manifest:
+        """The same data set with the shards that a brace pattern or glob names.
+
+        Raises:
+            ManifestError: a name that the pattern lists is not in the manifest, or nothing matches.
+        """
+        names = [shard.name for shards in self.splits.values() for shard in shards]
+        try:
+            chosen = set(select(names, pattern))
+        except LookupError as error:
+            raise ManifestError(f"{self.uri}: {error.args[0]}") from error
+        splits = {name: tuple(s for s in shards if s.name in chosen) for name, shards in self.splits.items()}
+        return replace(self, splits=splits)
 
     def to_bytes(self) -> bytes:
         """The JSON text, the same bytes for the same content."""
@@ -168,3 +186,14 @@ class Manifest:
         if split.samples == 0:
             raise ManifestError(f"{self.uri}: the split {name!r} is empty; nothing could be read from it")
         return split
+
+
+def _no_manifest(store: Store, root: str) -> str:
+    text = f"no data set at {root}: {MANIFEST_NAME} is not there"
+    try:
+        tars = [info.name for info in store.list() if info.name.endswith(".tar")]
+    except StoreError:  # plain http servers list nothing
+        tars = []
+    if tars:
+        return f"{text}, but {len(tars)} tars are; index them with jobs/index_shards.py {root}"
+    return f"{text}, nor any tar; make shards with jobs/make_shards.py SOURCE {root}, or check the address"

@@ -8,7 +8,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import google_crc32c
@@ -220,8 +220,9 @@ class _Writer:
     def _publish(self, path: Path) -> Shard:
         with path.open("rb") as file:
             index = scan_tar(file, path.name)
-        name, data = path.name, index.to_bytes()
+        name = path.name
+        info = self._store.write(name, path)
+        data = replace(index, etag=info.etag).to_bytes()
         index_name = f"{name.removesuffix('.tar')}.idx"
         self._store.write(index_name, data)
-        info = self._store.write(name, path)
         return Shard(name, index.samples, index.nbytes, index.sha256, info.etag, index_name, google_crc32c.value(data))

@@ -24,6 +24,8 @@ import obstore.store as obs
 from orchestrator.data.errors import ChangedError, NotFoundError, ShortReadError, StoreError
 
 _CHUNK = 8 << 20
+# What the client says of replies that are well delivered but wrong: another range, no length, the whole object.
+_BAD_REPLY = re.compile(r"Requested \d|Header missing|non-partial response|Range request not supported")
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,9 @@ class RemoteStore:
                 "jobs/index_shards.py, or restore it"
             ) from error
         except (obx.BaseError, OSError, ValueError) as error:
-            raise StoreError(_explain(where, error)) from error
+            if _BAD_REPLY.search(str(error)):
+                raise ShortReadError(f"{where}: not the bytes that were asked for: {_first_line(error)}") from error
+            raise StoreError(_explain(where, self.uri, error)) from error
 
     def read(self, name: str) -> bytes:
         """As `Store.read`."""
@@ -225,7 +229,10 @@ class RemoteStore:
             options["if_match"] = etag
         data = cast(
             bytes,
-            self._guard(name, lambda: bytes(obstore.get(self._store, name, options=cast(Any, options)).bytes())),
+            self._guard(
+                f"{name}, offset {start}",
+                lambda: bytes(obstore.get(self._store, name, options=cast(Any, options)).bytes()),
+            ),
         )
         if len(data) != length:
             raise ShortReadError(f"{self.uri}/{name}: {len(data)} of {length} bytes at offset {start}: a short reply")
@@ -326,8 +333,14 @@ def _missing(where: str, uri: str, error: Exception) -> NotFoundError:
     return NotFoundError(f"{where}: no such object")
 
 
-def _explain(where: str, error: Exception) -> str:
+def _explain(where: str, uri: str, error: Exception) -> str:
     text = str(error)
+    if "NoSuchBucket" in text:
+        return str(_missing(where, uri, error))
+    if "error sending request" in text or "ConnectError" in text:
+        return (
+            f"{where}: the server cannot be reached ({_first_line(error)[-160:]}); check the endpoint and the network"
+        )
     if isinstance(error, obx.UnauthenticatedError | obx.PermissionDeniedError) or "403" in text or "401" in text:
         return (
             f"{where}: access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the role of "
