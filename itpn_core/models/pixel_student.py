@@ -61,6 +61,8 @@ class PixelStudent(PyramidTrunk):
         kwargs: device and dtype.
     """
 
+    computes_visible_only = True
+
     def __init__(
         self,
         config: ModelConfig,
