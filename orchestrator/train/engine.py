@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from itpn_core.errors import UserError
+from itpn_core.errors import CollapseError, UserError
 from itpn_core.pretraining.tasks import build_task
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config.tree import PretrainConfig
@@ -19,6 +19,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import TrainView
 from orchestrator.evaluate.knn import Evaluator
+from orchestrator.evaluate.picture import Watched
 from orchestrator.train.context import RunContext
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
 from orchestrator.train.records import RunRecords
@@ -66,12 +67,14 @@ class Engine:
         self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
         self.records = RunRecords(config, run, manifest)
         self.evaluator = Evaluator(config, run, manifest)
+        self.watched = Watched(config, manifest, run.device)
+        self._collapsed = ""
         self._evaluated = -1
+        self._watched_step = -1
         self._clock = time.perf_counter()
         self._window_clock = self._clock
         self._waited = 0.0
         self._saved_at = self._clock
-        self._speeds: list[float] = []
 
     def __enter__(self) -> Engine:
         self._exit.callback(self.checkpoints.close)
@@ -158,15 +161,34 @@ class Engine:
 
         Raises:
             UserError: the guard's budget of refused steps is spent.
+            CollapseError: the features have lost their spread.
         """
         assert self.window is not None  # noqa: S101 -- window_due() said so
-        reason = self.run.stop_reason() if self.run.rank == 0 else ""
-        reading = self.window.read([bool(reason), self.run.rank == 0 and self._save_due()])
+        leads = self.run.rank == 0
+        reason = self.run.stop_reason() if leads else ""
+        reading = self.window.read([bool(reason), leads and self._save_due(), leads and self._collapse()])
         now = time.perf_counter()
         seconds, self._window_clock = max(now - self._window_clock, 1e-9), now
         self._take(reading.rows, seconds)
-        stop, save = reading.flags
+        stop, save, collapsed = reading.flags
+        if collapsed:
+            raise CollapseError(self._collapsed or "rank 0 found that the features have collapsed")
         return (reason or "stop requested") if stop else "", save
+
+    def _collapse(self) -> bool:
+        """Whether the moving-average objective has lost the spread of its features; rank 0 looks every 25 steps."""
+        state = self.state
+        if self.config.objective.kind != "ema" or state.step // 25 == self._watched_step // 25:
+            return False
+        self._watched_step = state.step
+        health = self.watched.health(state.task)
+        self.records.health(state.step, health)
+        try:
+            state.task.watch(state.step, health)
+        except CollapseError as error:
+            self._collapsed = str(error)
+            return True
+        return False
 
     def _take(self, rows: list[dict[str, float]], seconds: float) -> None:
         state, batch = self.state, self.config.train.global_batch
@@ -179,7 +201,6 @@ class Engine:
         if state.first_loss is None:
             state.first_loss = state.last_loss
         speed = len(rows) * batch / seconds
-        self._speeds.append(speed)
         state.seconds += seconds
         wait, self._waited = self._waited / seconds, 0.0
         lrs = [self.peak_lr * lr_factor(first + i, self.total, self.config.train.optimizer) for i in range(len(rows))]
@@ -238,6 +259,8 @@ class Engine:
         state.average.swap()
         try:
             metrics = self.evaluator(state.task, state.step, state.answers)
+            if self.run.rank == 0:
+                self.records.figure(self.watched.figure(state.task, state.step, self.run.directory))
         finally:
             state.average.swap()
         self._evaluated = state.step
@@ -261,14 +284,13 @@ class Engine:
 
     def _outcome(self, stopped: str) -> Outcome:
         state = self.state
-        speeds = sorted(self._speeds)
         return Outcome(
             step=state.step,
             stopped=stopped,
             seconds=state.seconds,
             first_loss=state.first_loss if state.first_loss is not None else float("nan"),
             last_loss=state.last_loss if state.last_loss is not None else float("nan"),
-            images_per_second=speeds[len(speeds) // 2] if speeds else 0.0,
+            images_per_second=state.step * self.config.train.global_batch / max(state.seconds, 1e-9),
             **self.evaluator.summary(state.answers),
         )
 

@@ -88,9 +88,14 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.metrics(state.step, metrics)
 
-    def figure(self, path: Path) -> None:
-        """Keeps a picture with the run."""
+    def health(self, step: int, health: dict[str, float]) -> None:
+        """Records spread and rank of the features per level."""
         if self._recorder is not None:
+            self._recorder.metrics(step, {f"health/{name}": value for name, value in health.items()})
+
+    def figure(self, path: Path | None) -> None:
+        """Keeps a picture with the run."""
+        if self._recorder is not None and path is not None:
             self._recorder.artifact(path, "figures")
 
     def state(self, name: str, reason: str) -> None:
