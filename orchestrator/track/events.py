@@ -65,6 +65,8 @@ class Model:
     weights: str
     config: Mapping[str, Any]
     name: str
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     aliases: tuple[str, ...] = ()
     step: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -129,7 +131,7 @@ def decode(line: bytes) -> Record | None:
             body["values"] = {name: float(value) for name, value in body["values"].items()}
         elif kind is Model:
             body["metrics"] = {name: float(value) for name, value in body["metrics"].items()}
-            body["aliases"] = tuple(body["aliases"])
+            body.update({name: tuple(body[name]) for name in ("aliases", "mean", "std")})
         return Record(int(seq), int(ms), int(attempt), kind(**body))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -18,6 +18,9 @@ from torch import Tensor
 
 F32 = npt.NDArray[np.float32]
 
+Column = tuple[str, F32, dict[str, Any]]
+"""Heading, one picture per row, options of the drawing."""
+
 _CELL: Final = 1.25  # inches per image
 _DPI: Final = 110
 _INK: Final = "#1b2733"
@@ -100,7 +103,7 @@ def feature_figure(
     """
     images, mask = _array(parts["input"]).transpose(0, 2, 3, 1), _array(parts["mask"])[:, 0]
     used: dict[str, ColourBasis] = dict(basis or {})
-    columns: list[tuple[str, Sequence[Any], dict[str, Any]]] = [
+    columns: list[Column] = [
         ("input", np.clip(images, 0, 1), {}),
         (f"visible to the student\n({mask.mean():.0%} masked)", _masked(images, mask), {}),
     ]
@@ -150,7 +153,7 @@ def token_figure(
         title: first words of the title.
     """
     images = _array(images_B3HW).transpose(0, 2, 3, 1)
-    columns: list[tuple[str, Sequence[Any], dict[str, Any]]] = [("input", np.clip(images, 0, 1), {})]
+    columns: list[Column] = [("input", np.clip(images, 0, 1), {})]
     for name, kept_Bhw in kept.items():
         share = kept_Bhw.float().mean().item()
         columns.append((f"{name}\n{share:.0%} kept", _masked(images, 1 - _array(kept_Bhw.float())), {}))
@@ -172,9 +175,7 @@ def neighbour_figure(
     """
     found, similar = _array(found_BK3HW).transpose(0, 1, 3, 4, 2), _array(similar_BK)
     right = None if correct_BK is None else correct_BK.bool().cpu().numpy()
-    columns: list[tuple[str, Sequence[Any], dict[str, Any]]] = [
-        ("query", _array(queries_B3HW).transpose(0, 2, 3, 1), {})
-    ]
+    columns: list[Column] = [("query", _array(queries_B3HW).transpose(0, 2, 3, 1), {})]
     columns += [(f"neighbour {rank + 1}", found[:, rank], {}) for rank in range(found.shape[1])]
 
     def mark(row: int, column: int, axes: Any) -> None:
@@ -191,7 +192,7 @@ def neighbour_figure(
 
 def _grid(
     path: Path,
-    columns: Sequence[tuple[str, Sequence[Any], dict[str, Any]]],
+    columns: Sequence[Column],
     title: str,
     mark: Callable[[int, int, Any], None] | None = None,
 ) -> None:

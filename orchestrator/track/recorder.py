@@ -206,6 +206,8 @@ class Recorder:
         config: Mapping[str, Any],
         *,
         step: int,
+        mean: Sequence[float],
+        std: Sequence[float],
         aliases: Sequence[str] = ("candidate",),
         metrics: Mapping[str, float] | None = None,
         card: str = "",
@@ -216,6 +218,8 @@ class Recorder:
             weights: safetensors file of backbone weights.
             config: the `ModelConfig` as a plain dictionary.
             step: optimiser step of the weights.
+            mean: what the student's input was normalised with, per channel.
+            std: as `mean`.
             aliases: names that shall point at this version.
             metrics: figures shown with the version.
             card: model card in Markdown.
@@ -223,10 +227,18 @@ class Recorder:
         name = self._config.registered_model or self._config.experiment
         full = Path(weights).absolute()
         inside = full.is_relative_to(self.directory)
-        path = str(full.relative_to(self.directory) if inside else full)
-        figures = dict(metrics or {})
-        card = self._redactor.text(card)
-        self._journal.append(events.Model(path, dict(config), name, tuple(aliases), step, figures, card))
+        event = events.Model(
+            weights=str(full.relative_to(self.directory) if inside else full),
+            config=dict(config),
+            name=name,
+            mean=tuple(mean),
+            std=tuple(std),
+            aliases=tuple(aliases),
+            step=step,
+            metrics=dict(metrics or {}),
+            card=self._redactor.text(card),
+        )
+        self._journal.append(event)
 
     def state(self, name: str, reason: str = "") -> None:
         """Record that the run is "running", "finished", "failed" or "killed", with a reason a person can use."""

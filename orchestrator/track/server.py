@@ -83,11 +83,13 @@ def limit_mlflow(config: TrackConfig) -> None:
     os.environ["MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT"] = str(config.upload_timeout_s)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "mlflow", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Deprecations between MLflow and its own dependencies say nothing to the user of this project.
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(mlflow|sqlalchemy|alembic)(\..*)?$")
+    warnings.filterwarnings("ignore", category=UserWarning, message=r"(?s).*(doesn't validate|Add type hints)")
 
 
 def open_client(config: TrackConfig) -> Any:

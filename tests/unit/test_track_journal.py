@@ -20,7 +20,7 @@ bodies = st.one_of(
     st.builds(Metrics, st.integers(0, 10**9), st.dictionaries(names, numbers)),
     st.builds(events.Artifact, names, names),
     st.builds(events.Dataset, names, names, names, names, st.dictionaries(names, names)),
-    st.builds(events.Model, names, st.just({"depths": [1, 1, 6]}), names, st.tuples(names), st.integers(0, 9)),
+    st.builds(events.Model, names, st.just({"depths": [1, 1, 6]}), names, aliases=st.tuples(names)),
     st.builds(events.State, st.sampled_from(events.STATES), names),
 )
 
