@@ -24,6 +24,7 @@ import obstore.store as obs
 from orchestrator.data.errors import ChangedError, NotFoundError, ShortReadError, StoreError
 
 _CHUNK = 8 << 20
+_REFUSED = re.compile(r"40[13] (Forbidden|Unauthorized)")
 # What the client says of replies that are well delivered but wrong: another range, no length, the whole object.
 _BAD_REPLY = re.compile(r"Requested \d|Header missing|non-partial response|Range request not supported")
 
@@ -214,9 +215,11 @@ class RemoteStore:
                 "jobs/index_shards.py, or restore it"
             ) from error
         except (obx.BaseError, OSError, ValueError) as error:
+            if "NoSuchBucket" in str(error):
+                raise _missing(where, self.uri, error) from error
             if _BAD_REPLY.search(str(error)):
                 raise ShortReadError(f"{where}: not the bytes that were asked for: {_first_line(error)}") from error
-            raise StoreError(_explain(where, self.uri, error)) from error
+            raise StoreError(_explain(where, error)) from error
 
     def read(self, name: str) -> bytes:
         """As `Store.read`."""
@@ -333,15 +336,12 @@ def _missing(where: str, uri: str, error: Exception) -> NotFoundError:
     return NotFoundError(f"{where}: no such object")
 
 
-def _explain(where: str, uri: str, error: Exception) -> str:
+def _explain(where: str, error: Exception) -> str:
     text = str(error)
-    if "NoSuchBucket" in text:
-        return str(_missing(where, uri, error))
     if "error sending request" in text or "ConnectError" in text:
-        return (
-            f"{where}: the server cannot be reached ({_first_line(error)[-160:]}); check the endpoint and the network"
-        )
-    if isinstance(error, obx.UnauthenticatedError | obx.PermissionDeniedError) or "403" in text or "401" in text:
+        detail = _first_line(error)[-160:]
+        return f"{where}: the server cannot be reached; check the endpoint and the network ({detail})"
+    if isinstance(error, obx.UnauthenticatedError | obx.PermissionDeniedError) or _REFUSED.search(text):
         return (
             f"{where}: access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the role of "
             "this machine) and the bucket's policy"
