@@ -79,7 +79,7 @@ def gathered_layer(
         heads = block.attn.qkv_heads(block.norm1(z_BTE))
         out_BHTD = flex_simultaneous(*heads, view)
         z_BTE = z_BTE + block.attention_branch(block.attn.proj(out_BHTD.transpose(1, 2).flatten(2)), keep_1)
-    elif view.per_window:
+    elif view.per_window and view.tokens:
         z_BTE = _per_window(block, z_BTE, view, bias, keep_1)
     else:
         z_BTE = _shared(block, z_BTE, view, bias, keep_1)

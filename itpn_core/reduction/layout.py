@@ -27,6 +27,8 @@ class WindowOrder:
         cells: int64 [S], the row-major cell of every slot; 0 in pads.
         valid: bool [S], False in pads.
         slots: int64 [N], the slot of every cell.
+        padded: whether any slot is a pad.
+        identity: whether slots and cells are the same thing (one window over the whole grid).
     """
 
     grid: Grid
@@ -36,16 +38,8 @@ class WindowOrder:
     cells: Tensor
     valid: Tensor
     slots: Tensor
-
-    @property
-    def padded(self) -> bool:
-        """Whether any slot is a pad."""
-        return self.windows * self.length != self.grid[0] * self.grid[1]
-
-    @property
-    def identity(self) -> bool:
-        """Whether slots and cells are the same thing (one window over the whole grid)."""
-        return self.windows == 1
+    padded: bool
+    identity: bool
 
 
 def window_order(grid: Grid, window: int) -> WindowOrder:
@@ -67,7 +61,9 @@ def window_order(grid: Grid, window: int) -> WindowOrder:
     cell_S = cell.gather(1, pads_last).flatten() * valid_S
     slot_N = torch.empty(rows * cols, dtype=torch.int64)
     slot_N[cell_S[valid_S]] = valid_S.nonzero().flatten()
-    return WindowOrder(grid, (high, wide), down * across, high * wide, cell_S, valid_S, slot_N)
+    windows, length = down * across, high * wide
+    padded = windows * length != rows * cols
+    return WindowOrder(grid, (high, wide), windows, length, cell_S, valid_S, slot_N, padded, windows == 1)
 
 
 def to_windows(x_BNE: Tensor, order: WindowOrder) -> Tensor:

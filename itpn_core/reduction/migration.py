@@ -26,6 +26,12 @@ def unit(features_BND: Tensor) -> Tensor:
     return F.normalize(features_BND.detach().float(), dim=-1)
 
 
+def cosines(a_BMD: Tensor, b_BND: Tensor) -> Tensor:
+    """Products [B, M, N] in float32 also under autocast: coarse scores would tie."""
+    with torch.autocast(a_BMD.device.type, enabled=False):
+        return a_BMD @ b_BND.transpose(1, 2)
+
+
 def redundancy_halves(features_BND: Tensor, droppable_BA: Tensor, partner_BP: Tensor) -> Tensor:
     """Redundancy of each droppable token: its highest cosine similarity to a partner.
 
@@ -38,7 +44,7 @@ def redundancy_halves(features_BND: Tensor, droppable_BA: Tensor, partner_BP: Te
         float32 [B, N]; `KEEP` for tokens that are not droppable. N x N / 4 similarities are computed.
     """
     unit_BND = unit(features_BND)
-    similarity_BAP = take(unit_BND, droppable_BA) @ take(unit_BND, partner_BP).transpose(1, 2)
+    similarity_BAP = cosines(take(unit_BND, droppable_BA), take(unit_BND, partner_BP))
     score_BN = torch.full(features_BND.shape[:2], KEEP, device=features_BND.device)
     return score_BN.scatter(1, droppable_BA, similarity_BAP.amax(2))
 
@@ -57,7 +63,7 @@ def redundancy_pairs(features_BND: Tensor, colour_BN: Tensor, usable_BN: Tensor)
         float32 [B, N]; -1 (the least redundant) without a usable partner.
     """
     unit_BND = unit(features_BND)
-    similarity_BNN = unit_BND @ unit_BND.transpose(1, 2)
+    similarity_BNN = cosines(unit_BND, unit_BND)
     pair_BNN = (colour_BN[:, :, None] != colour_BN[:, None, :]) & usable_BN[:, None, :]
     return similarity_BNN.masked_fill(~pair_BNN, -1.0).amax(2)
 
@@ -181,7 +187,7 @@ def mean_of(x_BNE: Tensor, chosen_BN: Tensor) -> Tensor:
 def best_partner(features_BND: Tensor, droppable_BA: Tensor, partner_BP: Tensor) -> tuple[Tensor, Tensor]:
     """ToMe baseline: score [B, N] as `redundancy_halves`, and for every place the place of its best partner [B, N]."""
     unit_BND = unit(features_BND)
-    similarity_BAP = take(unit_BND, droppable_BA) @ take(unit_BND, partner_BP).transpose(1, 2)
+    similarity_BAP = cosines(take(unit_BND, droppable_BA), take(unit_BND, partner_BP))
     best_BA, which_BA = similarity_BAP.max(2)
     score_BN = torch.full(features_BND.shape[:2], KEEP, device=features_BND.device)
     itself_BN = torch.arange(score_BN.shape[1], device=score_BN.device).expand_as(score_BN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from itpn_core.errors import ConfigError
 from itpn_core.reduction.config import TokenGathering, TokenMigration, as_gathering, as_migration
 from itpn_core.reduction.layout import Grid
-from itpn_core.reduction.plan import Plan, check_masked, check_window, make_plan
+from itpn_core.reduction.plan import Plan, check_masked, check_window, make_plan, refuse_merge
 from itpn_core.reduction.prepare import Prepared, constant_prepare
 from itpn_core.reduction.stage import Inputs, ReducedStage, StageOutput
 
@@ -25,6 +25,9 @@ GATHERING_TOKENS = "gathering_tokens"
 
 class Reducible(nn.Module):
     """Token migration and gathering for a trunk; a base class of `Trunk`, whose stage 3 it runs when settings ask."""
+
+    # pixel pre-training never computes masked patches, so its stage 3 has no full grid
+    computes_visible_only: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +58,8 @@ class Reducible(nn.Module):
         check_window(gathering, trunk.grid)
         plan = make_plan(migration, gathering, trunk.config.depths[2], trunk.grid)
         check_masked(plan, masked_tokens)
+        if self.computes_visible_only:
+            _check_sparse(migration, gathering, plan)
         self._set_gathering_tokens(gathering, plan)
         self.migration, self.gathering = migration, gathering
 
@@ -113,13 +118,6 @@ class Reducible(nn.Module):
             ConfigError: settings that this grid or a sparse sequence cannot have.
         """
         trunk = cast("Trunk", self)
-        if cell_BN is not None and self.gathering.active:
-            raise ConfigError(
-                "TokenGathering.window",
-                self.gathering.window,
-                "must be 0 when only visible patches are computed (pixel pre-training)",
-                "Windows need the full grid: use migration alone, or another objective.",
-            )
         blocks = trunk.stage3
         prepared = self._prepared(x_BNE, grid, sparse=cell_BN is not None)
         tokens_GE = self.trained_gathering_tokens
@@ -144,6 +142,17 @@ class Reducible(nn.Module):
         sizes = (config.depths[2], rows, cols, visible if sparse else 0, heads, config.embed_dim // heads)
         prepared: Prepared = constant_prepare(self.migration, self.gathering, sizes, x_BNE.dtype, x_BNE.device)
         return prepared
+
+
+def _check_sparse(migration: TokenMigration, gathering: TokenGathering, plan: Plan) -> None:
+    refuse_merge(migration)
+    if plan.windowed:
+        raise ConfigError(
+            "TokenGathering.window",
+            gathering.window,
+            "must be 0 when only visible patches are computed (pixel pre-training)",
+            "Windows need the full grid: use migration alone, or another objective.",
+        )
 
 
 def _accept_gathering_tokens(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

@@ -62,10 +62,6 @@ class Plan:
     gathering_tokens: int
     means: Tensor | None
 
-    def drop_before(self, layer: int) -> Drop | None:
-        """The drop before a layer, if there is one."""
-        return next((drop for drop in self.drops if drop.layer == layer), None)
-
 
 def kept_tokens(entering: int, ratio: float) -> int:
     """Tokens that stay: `8 * ceil(ratio * entering / 8)`, at most all."""

@@ -32,14 +32,12 @@ class Inputs:
         masked: bool [B, N], tokens that stand for masked patches: never compared, dropped or merged.
         sparse_cells: int64 [B, N], cells of a sparse sequence; None when all cells of the grid are there in order.
         gathering_tokens: trained ones [G, E].
-        keys: int64 [B], keys of rule = random; None takes them from the tokens' bits.
     """
 
     keep: Tensor | None = None
     masked: Tensor | None = None
     sparse_cells: Tensor | None = None
     gathering_tokens: Tensor | None = None
-    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ class ReducedStage:
         self.plan, self.views, self.migration, self.gathering = plan, views, migration, gathering
         self.inputs, self.bias_table, self.call = inputs, bias_table, call
         self.view = views[0]
+        self.keys_B: Tensor
         self.slot_BS: Tensor | None = None
         self.parked_BSE: Tensor | None = None
         self.owner_BS: Tensor | None = None
@@ -98,9 +97,9 @@ class ReducedStage:
         z = self.enter(x_BNE)
         tapped = []
         for index, block in enumerate(blocks):
-            drop = self.plan.drop_before(index)
-            if drop is not None:
-                z = self.drop(drop, block, z)
+            for drop in self.plan.drops:
+                if drop.layer == index:
+                    z = self.drop(drop, block, z)
             keep_B2 = None if self.inputs.keep is None else self.inputs.keep[:, index]
             z = self.layer(index, block, z, keep_B2)
             if index in taps:
@@ -111,6 +110,8 @@ class ReducedStage:
 
     def enter(self, x_BNE: Tensor) -> Tensor:
         """Window-major order, gathering tokens in front."""
+        if self.migration.rule == "random":
+            self.keys_B = move.content_keys(x_BNE)
         x_BSE = to_windows(x_BNE, self.plan.order)
         if self.plan.means is None:
             return x_BSE
@@ -178,8 +179,7 @@ class ReducedStage:
         x_BSE, rule = z_BTE[:, self.plan.gathering_tokens :], self.migration.rule
         pads_BS, cells = self.pads(len(x_BSE)), self.cells(z_BTE)
         if rule == "random":
-            keys_B = move.content_keys(x_BSE) if self.inputs.keys is None else self.inputs.keys
-            keys_B = derive(keys_B + self.migration.seed, f"token_migration/{drop.layer}")
+            keys_B = derive(self.keys_B + self.migration.seed, f"token_migration/{drop.layer}")
             return self.guarded(move.random_score(keys_B, x_BSE.shape[1]), cells, pads_BS), None
         features = x_BSE
         if self.migration.similarity == "keys":
