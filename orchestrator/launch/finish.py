@@ -27,11 +27,12 @@ def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state:
         name=config.run.name,
         role="driver",
         secrets=secret_values(os.environ),
+        follow=config.track.follow,
     )
     recorder.tags({"run.state": state})
     recorder.state(MLFLOW_STATE[state], reason)
     backlog = recorder.close()
-    if not backlog.empty:
+    if backlog.lost or (config.track.follow and not backlog.empty):
         print(f"warning: {backlog}")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from itpn_core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class TrackConfig:
@@ -21,6 +23,9 @@ class TrackConfig:
     )
     required: bool = field(
         default=False, metadata={"help": "refuse to start when the server does not answer (never stops a running job)"}
+    )
+    follow: bool = field(
+        default=True, metadata={"help": "ship records to MLflow while the run goes on; off: journal only (sync later)"}
     )
     queue_bound: int = field(
         default=1000, metadata={"help": "most metric points held in memory for shipping; the rest waits in the journal"}
@@ -43,12 +48,12 @@ class TrackConfig:
         """Refuse values with which the follower could not work."""
         for name, least in (("queue_bound", 1), ("timeout_s", 1), ("upload_timeout_s", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"track.{name} is {getattr(self, name)}; allowed: {least} or more")
+                raise ConfigError(f"track.{name}", getattr(self, name), f"allowed is {least} or more")
         for name in ("poll_s", "backoff_max_s", "segment_mb", "close_timeout_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"track.{name} is {getattr(self, name)}; allowed: more than 0")
+                raise ConfigError(f"track.{name}", getattr(self, name), "allowed is more than 0")
         if not self.experiment.strip():
-            raise ValueError("track.experiment is empty; give the MLflow experiment a name, for example itpn")
+            raise ConfigError("track.experiment", self.experiment, "a name is needed", "For example itpn.")
 
 
 def resolve(config: TrackConfig, runs: Path, environment_uri: str = "") -> TrackConfig:
@@ -60,15 +65,15 @@ def resolve(config: TrackConfig, runs: Path, environment_uri: str = "") -> Track
         environment_uri: value of MLFLOW_TRACKING_URI in the driver ("" when unset); the config's own URI wins.
 
     Raises:
-        ValueError: a sqlite URI with a relative path (each worker has its own working directory).
+        ConfigError: a sqlite URI with a relative path (each worker has its own working directory).
     """
     uri = config.uri or environment_uri or f"sqlite:///{runs.resolve()}/mlflow.db"
     path = sqlite_path(uri)
     if path is not None and not path.is_absolute():
-        raise ValueError(
-            f"tracking URI {uri} names a relative path, which each worker would resolve in its own directory; "
-            f"write sqlite:///{path.resolve()}"
-        )
+        raise ConfigError(
+            "track.uri", uri, "a sqlite path must be absolute, each worker has its own directory",
+            f"Write sqlite:///{path.resolve()}",
+        )  # fmt: skip
     return replace(config, uri=uri)
 
 

@@ -50,6 +50,7 @@ class RunRecords:
             self._run.attempt,
             name=self._config.run.name,
             secrets=secret_values(os.environ),
+            follow=self._config.track.follow,
         )
         recorder.state("running")
         config = asdict(self._config)
@@ -123,5 +124,5 @@ class RunRecords:
         """Ends the journal; what the server did not take stays on disk and is named."""
         if self._recorder is not None:
             backlog = self._recorder.close()
-            if not backlog.empty:
+            if backlog.lost or (self._config.track.follow and not backlog.empty):
                 self._run.note(f"warning: {backlog}")

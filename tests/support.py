@@ -1,0 +1,88 @@
+"""Small real surroundings for engine tests: labelled images on disk, and a run without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from orchestrator.config.load import load
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.folder import Folder
+from orchestrator.data.shards import ShardOptions, make_shards
+from orchestrator.launch.home import resolve
+
+CLASSES = 4
+
+
+def write_images(root: Path, per_class: int = 24, side: int = 24) -> Path:
+    """Photographs in class folders: each class has its own colour and stripe direction, each image its own noise."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    for label in range(CLASSES):
+        folder = root / f"class-{label}"
+        folder.mkdir(parents=True)
+        stripes = np.sin((rows * (label % 2) + columns * (label // 2 + 1)) * 0.8)[..., None]
+        tint = np.array([0.3 + 0.2 * label, 0.8 - 0.2 * label, 0.5])
+        for index in range(per_class):
+            pixels = 0.5 + 0.3 * stripes * tint + 0.1 * rng.standard_normal((side, side, 3))
+            Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(folder / f"{index:03d}.png")
+    return root
+
+
+def write_shards(root: Path, per_class: int = 24) -> str:
+    """A data set with train and val splits in several shards; returns its place."""
+    source = write_images(root / "images", per_class)
+    dest = root / "shards"
+    make_shards(str(source), str(dest), ShardOptions(shard_samples=16, val_fraction=0.25), cache=root / "cache")
+    return str(dest)
+
+
+TINY = [
+    "model.embed_dim=32", "model.num_heads=2", "model.depths=[1,1,2]", "model.patch_size=8", "model.img_size=16",
+    "model.drop_path_rate=0.2", "objective.kind=ema", "objective.pyramid_dim=16", "train.global_batch=16",
+    "train.epochs=2", "train.log_every=3", "train.optimizer.lr=1e-3", "eval.bank=16", "eval.k=3", "eval.batch=8",
+    "eval.every_epochs=0", "eval.raw_size=16", "data.streams=4", "data.run=4", "data.block_runs=2",
+    "cluster.device=cpu", "track.follow=false",
+]  # fmt: skip
+
+
+def tiny_config(data: str, storage: Path, *words: str) -> PretrainConfig:
+    """A configuration that trains in a second; `words` override it."""
+    places = [f"data.source={data}", f"run.storage={storage}", "run.name=tiny", f"track.uri=sqlite:///{storage}/mlflow.db"]
+    return resolve(load(PretrainConfig, None, [*TINY, *places, *words]), {"ITPN_HOME": str(storage)})
+
+
+class LocalRun:
+    """A `RunContext` of one process group without Ray."""
+
+    def __init__(self, config: PretrainConfig, rank: int = 0, world: int = 1, attempt: int = 1) -> None:
+        self.rank, self.world, self.attempt = rank, world, attempt
+        self.device = torch.device("cpu")
+        self.folder = Folder(f"{config.run.storage}/{config.run.name}")
+        self.directory = Path(config.run.storage) / config.run.name
+        self.run_uid = "0" * 32
+        self.facts = {"recipe": "test"}
+        self.notes: list[str] = []
+        self.reports: list[dict[str, float]] = []
+        self.stop_after = 0
+        """Step at which a stop is requested; 0 = never."""
+        self.step = 0
+
+    def progress(self, stage: str, *, step: int = 0, **_: float) -> None:
+        """Keeps the step, for `stop_reason`."""
+        self.step = step
+
+    def note(self, text: str) -> None:
+        """Keeps the line."""
+        self.notes.append(text)
+
+    def stop_reason(self) -> str:
+        """Asks to stop once `stop_after` steps are done."""
+        return "test" if self.stop_after and self.step >= self.stop_after else ""
+
+    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
+        """Keeps the metrics."""
+        self.reports.append({**metrics, "checkpoint_step": float(checkpoint_step)})
