@@ -21,7 +21,7 @@ from itpn_core.models.positions import (
     resample_positions,
     sincos_positions,
 )
-from itpn_core.random import derive, uniform
+from itpn_core.random import uniform
 from itpn_core.reduction.model import Reducible
 from itpn_core.reduction.stage import StageOutput
 
@@ -211,7 +211,8 @@ class Trunk(Reducible):
         Args:
             batch: samples B.
             device: where to draw.
-            drop_keys_B: int64 [B], one key per sample (itpn_core.random); None draws from torch's generator.
+            drop_keys_B: int64 [B], one key per sample that serves no other choice (`itpn_core.random.derive`); None
+                draws from torch's generator.
 
         Returns:
             float32 [B, P], P = depth1 + depth2 + 2 * depth3; None in eval mode or at rate 0.
@@ -225,7 +226,7 @@ class Trunk(Reducible):
         if drop_keys_B is None:
             draws_BP = torch.rand(batch, rates_P.numel(), device=device)
         else:
-            draws_BP = uniform(derive(drop_keys_B.to(device), "drop_path"), rates_P.numel())
+            draws_BP = uniform(drop_keys_B.to(device), rates_P.numel())
         return (draws_BP >= rates_P).float() / (1.0 - rates_P)
 
     # --- initialisation ---
