@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from itpn_core.errors import ConfigError
 from orchestrator.track.config import TrackConfig, sqlite_path
 from orchestrator.track.events import Metrics, Params, Record, State, Tags
 from orchestrator.track.redact import Redactor
@@ -139,16 +140,20 @@ def check_answers(config: TrackConfig) -> None:
     """Ask the server once, before a job starts, for users who set `track.required`.
 
     Raises:
-        UnreachableError: it did not answer within `track.timeout_s`.
+        ConfigError: it did not answer within `track.timeout_s`.
     """
     try:
         with translated():
             open_client(config).search_experiments(max_results=1)
     except (UnreachableError, RefusedError, RunLostError) as error:
-        uri = Redactor().shapes(config.uri)
-        raise UnreachableError(
-            f"MLflow at {uri} does not answer: {error}. Start it (see docs/tracking.md), correct track.uri, or set "
-            "track.required=false to train now and ship later with jobs/sync_runs.py"
+        redactor = Redactor()
+        reason = redactor.shapes(" ".join(str(error).split()))[:200]
+        raise ConfigError(
+            "track.uri",
+            redactor.shapes(config.uri),
+            f"MLflow does not answer there ({reason})",
+            "Start it (docs/tracking.md), correct the URI, or set track.required=false and ship later with "
+            "jobs/sync_runs.py",
         ) from error
 
 

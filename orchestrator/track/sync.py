@@ -1,0 +1,92 @@
+"""Replay of journals by hand: everything a run directory holds and a server lacks."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.track.config import TrackConfig
+from orchestrator.track.follower import Shipper
+from orchestrator.track.journal import StreamLock, streams
+from orchestrator.track.recorder import IDENTITY
+from orchestrator.track.redact import Redactor
+from orchestrator.track.server import RunIdentity, Server, UnreachableError
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What a replay did.
+
+    Attributes:
+        shipped: records sent (those the server held already are sent too, and change nothing).
+        waiting: records still not there.
+        refused: records the server will never take.
+        busy: streams whose writer is alive and ships them itself.
+        run_id: the MLflow run.
+        error: why it stopped early, "" when it did not.
+    """
+
+    shipped: int
+    waiting: int
+    refused: int
+    busy: int
+    run_id: str
+    error: str
+
+    @property
+    def complete(self) -> bool:
+        """Whether the server holds everything that is not still being written."""
+        return not (self.error or self.refused or (self.waiting and not self.busy))
+
+
+def read_identity(directory: Path) -> dict[str, str]:
+    """The run's uid, name and experiment, as its recorder left them.
+
+    Raises:
+        ValueError: the directory holds no recorded run.
+    """
+    path = directory / IDENTITY
+    try:
+        found = json.loads(path.read_text())
+        return {name: str(found[name]) for name in ("run_uid", "name", "experiment")}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{directory} is not a run directory: {path} is missing or damaged ({error}). Give the directory that has "
+            "the folder `track` in it, for example runs/<name>"
+        ) from error
+
+
+def sync(directory: Path, config: TrackConfig, patience_s: float = 60.0) -> Synced:
+    """Ship what a run's journals hold; a server that fails is tried again for `patience_s` seconds.
+
+    Raises:
+        ValueError: the directory holds no recorded run.
+    """
+    identity = read_identity(directory)
+    server = Server(config, RunIdentity(identity["run_uid"], identity["name"]), directory, Redactor())
+    shipper = Shipper(directory, server, config)
+    error, until = "", time.monotonic() + patience_s
+    while True:
+        try:
+            if not shipper.step():
+                shipper.settle()
+                error = ""
+                break
+            until = time.monotonic() + patience_s
+        except UnreachableError as failure:
+            error = shipper.explain(failure)
+            if time.monotonic() > until:
+                break
+            time.sleep(min(1.0, config.poll_s))
+    shipper.close()
+    busy = sum(not _free(stream) for stream in streams(directory))
+    return Synced(shipper.shipped, shipper.waiting(), shipper.refused, busy, server.run_id, error)
+
+
+def _free(stream: Path) -> bool:
+    lock = StreamLock(stream)
+    free = lock.acquire()
+    lock.release()
+    return free
