@@ -63,6 +63,9 @@ class ObjectiveConfig:
         default=0.1, metadata={"help": "fast, ema: factor on the gradient of the patch embedding (published: 0.1)"}
     )
     pyramid_dim: int = field(default=256, metadata={"help": "width of the feature pyramid"})
+    decoder_dim: int = field(default=512, metadata={"help": "pixel: width of the decoder, a multiple of 16"})
+    decoder_depth: int = field(default=8, metadata={"help": "pixel: blocks of the decoder"})
+    decoder_heads: int = field(default=16, metadata={"help": "pixel: attention heads of the decoder"})
     mask_laterals: bool = field(
         default=False, metadata={"help": "clip: also mask stage-1/2 features of masked patches (closes the leak)"}
     )
@@ -119,6 +122,6 @@ def check_objective(config: ObjectiveConfig) -> None:
         raise ConfigError("objective.level_weights", config.level_weights, allowed)
     if min(config.std) <= 0:
         raise ConfigError("objective.std", config.std, "must be positive in every channel")
-    for key in ("target_samples", "pyramid_dim", "guard_steps"):
+    for key in ("target_samples", "pyramid_dim", "decoder_dim", "decoder_depth", "decoder_heads", "guard_steps"):
         if getattr(config, key) < 1:
             raise ConfigError(f"objective.{key}", getattr(config, key), "must be at least 1")

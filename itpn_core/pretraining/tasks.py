@@ -50,7 +50,12 @@ def build_task(
     if config.kind == "ema":
         return EmaTask(model, config, size)
     if config.kind == "pixel":
-        return PixelTask(model, config, PixelStudent(model, config.pyramid_dim, img_size=size), None)
+        decoder = {
+            "decoder_dim": config.decoder_dim,
+            "decoder_depth": config.decoder_depth,
+            "decoder_heads": config.decoder_heads,
+        }
+        return PixelTask(model, config, PixelStudent(model, config.pyramid_dim, img_size=size, **decoder), None)
     grid = (size[0] // model.patch_size, size[1] // model.patch_size)
     teacher = teacher or _teacher_for(config, grid, size)
     if config.kind == "clip":

