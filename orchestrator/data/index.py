@@ -102,6 +102,8 @@ class ShardIndex:
             raise IntegrityError(f"{where}: the index is damaged or cut; rebuild it with jobs/index_shards.py")
         _, sha256, nbytes, samples, members, name_bytes = _HEADER.unpack_from(data)
         about = json.loads(data[_HEADER.size : _HEADER.size + name_bytes])
+        if not isinstance(about, dict):
+            raise IntegrityError(f"{where}: the index was made by an earlier version; delete it and make it again")
         rows = np.frombuffer(data, dtype=MEMBER, count=members, offset=_HEADER.size + name_bytes)
         first = _first_rows(rows, samples)
         fields = tuple(about["fields"])

@@ -1,0 +1,1 @@
+"""Measurements of the data plane: `python -m orchestrator.data.benchmark --help`."""
