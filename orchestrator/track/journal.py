@@ -81,6 +81,7 @@ class Journal:
         self._segment = 0
         self._size = 0
         self._torn = False
+        self._closed = False
         self.written = 0
         self.lost = 0
         self.last_error = ""
@@ -95,6 +96,8 @@ class Journal:
         """Write one record. Takes microseconds, waits for nothing but another writer's same call."""
         now = time.time_ns() // 1_000_000
         with self._guard:
+            if self._closed:
+                return
             line = encode(Record(self.written + 1, now, self._attempt, event))
             try:
                 self._write(line)
@@ -140,8 +143,9 @@ class Journal:
             return [self._path(number) for number in range(1, self._segment)]
 
     def close(self) -> None:
-        """Stop writing. The lock stays with the follower until it is done."""
+        """Stop writing; what comes later is not recorded. The lock stays with the follower until it is done."""
         with self._guard:
+            self._closed = True
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1

@@ -25,6 +25,7 @@ from orchestrator.track.follower import Follower, Shipper
 from orchestrator.track.journal import Journal
 from orchestrator.track.redact import Redactor, flatten
 from orchestrator.track.server import RunIdentity, Server
+from orchestrator.track.system import SystemSampler
 
 IDENTITY = Path("track") / "run.json"
 _log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Recorder:
         creates: False for processes that may not create the MLflow run (system metrics of other nodes).
         secrets: values that may appear nowhere (see `redact.secret_values`).
         follow: False to write the journal only.
+        node: name of this host in system metrics, "" for none; by default rank 0 records "node0", others nothing.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Recorder:
         creates: bool = True,
         secrets: Sequence[str] = (),
         follow: bool = True,
+        node: str | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
         self._config = config
@@ -118,6 +121,11 @@ class Recorder:
         if follow:
             self._follower = Follower(self._shipper, config, self._record_lag)
             self._follower.start()
+        node = ("node0" if role == "rank0" else "") if node is None else node
+        self._sampler: SystemSampler | None = None
+        if node and config.system_every_s > 0:
+            self._sampler = SystemSampler(self.metrics, lambda: self._last_step, node, config.system_every_s)
+            self._sampler.start()
 
     def _write_identity(self, run_uid: str, name: str) -> None:
         """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us."""
@@ -246,6 +254,16 @@ class Recorder:
             raise ValueError(f"state {name!r}; allowed: {', '.join(events.STATES)}")
         self._journal.append(events.State(name, self._redactor.text(reason)))
 
+    def report(self) -> Path:
+        """Write the run's story so far as one HTML file and keep it as an artifact (reads all journals: at the end)."""
+        from orchestrator.track.history import load_history
+        from orchestrator.track.report import write_report
+
+        path = self.directory / "track" / "files" / "report.html"
+        write_report(load_history(self.directory), self.directory, path)
+        self.artifact(path)
+        return path
+
     # -- its own health ---------------------------------------------------------------------------------------------
 
     def _record_lag(self, seconds: float, failures: int) -> None:
@@ -273,6 +291,8 @@ class Recorder:
         """Stop recording and wait for the follower, at most `timeout` seconds (default: `close_timeout_s`)."""
         wait = self._config.close_timeout_s if timeout is None else timeout
         begun = time.monotonic()
+        if self._sampler is not None:
+            self._sampler.close()
         self._journal.close()
         error = self._journal.last_error
         if self._follower is not None:

@@ -19,9 +19,9 @@ _NAME = re.compile(
 )
 _USERINFO = re.compile(r"(?<=://)[^\s/@'\"]+@")
 _SHAPES = re.compile(
-    r"(AKIA|ASIA)[0-9A-Z]{16}"
+    r"(?<![A-Za-z0-9+/])((AKIA|ASIA)[0-9A-Z]{16}"  # not inside base64: pictures in a report stay whole
     r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_\-]{16,}"
-    r"|hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|xox[abprs]-[A-Za-z0-9\-]{10,}|AIza[0-9A-Za-z_\-]{35}"
+    r"|hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_\-]{20,}|xox[abprs]-[A-Za-z0-9\-]{10,}|AIza[0-9A-Za-z_\-]{35})"
     r"|eyJ[A-Za-z0-9_\-]{8,}\.eyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
@@ -31,7 +31,7 @@ _QUERY = re.compile(
     re.IGNORECASE,
 )
 _ASSIGNED = re.compile(
-    r"(?P<head>(?P<key>[A-Za-z0-9_.\-]+)[\"']?\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;}\]&]+)(?P=quote)"
+    r"(?<![A-Za-z0-9_.\-])(?P<head>(?P<key>[A-Za-z0-9_.\-]+)[\"']?\s*[:=]\s*)(?P<quote>[\"']?)(?P<value>[^\s\"',;}\]&]+)(?P=quote)"
 )
 _SHORTEST = 6
 

@@ -1,0 +1,56 @@
+import re
+import threading
+import time
+
+from orchestrator.track.config import TrackConfig
+from orchestrator.track.describe import model_card, run_description
+from orchestrator.track.figures import curve_figure
+from orchestrator.track.journal import records
+from orchestrator.track.recorder import Recorder
+from orchestrator.track.redact import Redactor
+
+CONFIG = TrackConfig(uri="http://127.0.0.1:9", system_every_s=0.02)
+
+
+def test_the_report_is_one_file_that_tells_the_story(tmp_path):
+    for attempt, first in ((1, 0), (2, 40)):
+        recorder = Recorder(CONFIG, "uid", tmp_path, attempt, name="<first & run>", follow=False, node="")
+        recorder.state("running")
+        recorder.params({"train": {"lr": 0.1}})
+        recorder.describe("Why this run exists.")
+        recorder.dataset("photos/train", "abcdef", "/data/photos", "training", {"samples": 1000})
+        for step in range(first, first + 60):
+            recorder.metrics(step, {"train/loss": 10.0 / (step + 1), "eval/knn_top1": step / 100})
+    curve_figure(tmp_path / "figures" / "features-000100.png", {"a": [(0, 1.0)]}, title="a")
+    recorder.artifact(tmp_path / "figures" / "features-000100.png", "figures")
+    recorder.state("finished", "all steps done")
+    page = recorder.report().read_text()
+    recorder.close(0)
+    for shown in ("&lt;first &amp; run&gt;", "Why this run exists.", "10 → 0.1", "photos/train", "all steps done",
+                  "data:image/png;base64,", "<polyline", "train.lr", "2 attempts"):  # fmt: skip
+        assert shown in page, shown
+    assert not re.search(r"(src|href)='(?!data:)", page)  # nothing is fetched from anywhere
+    assert Redactor().text(page) == page  # shipping does not damage the pictures
+
+
+def test_words_hold_the_facts():
+    said = run_description(purpose="Try it.", recipe="first_run", model="fast", objective="features of X",
+                           data="60,000 images", length="3 epochs", run_directory="runs/a")  # fmt: skip
+    assert "Try it." in said
+    assert "| **Recipe** | `first_run` |" in said
+    card = model_card(name="a", model={"img_size": 64}, data="photos", metrics={"eval/knn_top1": 0.8391}, run_uid="u")
+    assert "| eval/knn_top1 | 0.8391 |" in card
+    assert "64 x 64" in card
+
+
+def test_system_metrics_are_recorded_once_per_step_and_end_with_the_recorder(tmp_path):
+    recorder = Recorder(CONFIG, "uid", tmp_path, follow=False)
+    recorder.metrics(3, {"train/loss": 1.0})
+    time.sleep(0.3)
+    recorder.metrics(4, {"train/loss": 1.0})
+    time.sleep(0.3)
+    recorder.close(0)
+    names = [(name, record.event.step) for record in records(tmp_path) for name in record.event.values]
+    assert names.count(("system/node0/cpu_utilization_percentage", 3)) == 1
+    assert names.count(("system/node0/process_memory_megabytes", 4)) == 1
+    assert all(thread.name != "system-sampler" for thread in threading.enumerate())
