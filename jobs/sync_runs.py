@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     complete = True
     for directory in (path.absolute() for path in given.run_dir):
         try:
-            experiment = given.experiment or read_identity(directory)["experiment"]
+            experiment = given.experiment or read_identity(directory).experiment
             config = TrackConfig(uri=given.uri, experiment=experiment, poll_s=0.5)
             config = resolve(config, directory.parent, os.environ.get("MLFLOW_TRACKING_URI", ""))
             done = sync(directory, config, given.patience)

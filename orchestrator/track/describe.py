@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchestrator.track.redact import flatten
+
 
 def run_description(
     *, purpose: str, recipe: str, model: str, objective: str, data: str, length: str, run_directory: str
@@ -46,7 +48,7 @@ def model_card(*, name: str, model: Mapping[str, object], data: str, metrics: Ma
         metrics: last evaluation.
         run_uid: identity of the run that made them.
     """
-    facts = "\n".join(f"| {key} | {value} |" for key, value in model.items())
+    facts = "\n".join(f"| {key} | {value} |" for key, value in flatten(model).items())
     figures = "\n".join(f"| {key} | {value:.4g} |" for key, value in metrics.items()) or "| none | |"
     side = model.get("img_size", "?")
     return (

@@ -20,6 +20,13 @@ from itpn_core.models import ModelConfig, build_backbone
 _CHUNK = 64
 
 
+def _with_tuples(value: Any) -> Any:
+    """Settings as the config classes want them; the stored file turned tuples into lists."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(held) for key, held in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
 class FeatureModel(PythonModel):  # type: ignore[misc]
     """Backbone features for batches of RGB images.
 
@@ -30,16 +37,19 @@ class FeatureModel(PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Build the backbone and load its weights strictly."""
         settings = dict(context.model_config)
-        fields = {**settings["model"], "depths": tuple(settings["model"]["depths"])}
-        self._config = ModelConfig(**fields)
+        self._config = ModelConfig(**_with_tuples(settings["model"]))
         self._mean = torch.tensor(settings["mean"]).view(1, -1, 1, 1)
         self._std = torch.tensor(settings["std"]).view(1, -1, 1, 1)
         self._model = build_backbone(self._config).eval()
         self._model.load_state_dict(load_file(context.artifacts["weights"]))
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201
+    def predict(
+        self,
+        context: Any,
+        model_input: np.ndarray,  # MLflow knows the bare name, and warns about others
+        params: dict[str, Any] | None = None,
+    ) -> npt.NDArray[np.float32]:
         """Features [B, E] of images [B, H, W, 3]."""
-        # No annotations: MLflow would derive a second, laxer signature from them.
         images = np.asarray(model_input)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype}{list(images.shape)}; expected uint8 [B, H, W, 3]")

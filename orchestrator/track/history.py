@@ -82,7 +82,7 @@ def load_history(directory: Path) -> RunHistory:
         ValueError: the directory holds no recorded run.
     """
     identity = read_identity(directory)
-    history = RunHistory(identity["name"] or directory.name, identity["run_uid"])
+    history = RunHistory(identity.name or directory.name, identity.run_uid)
     attempts: dict[int, Attempt] = {}
     for record in records(directory):
         attempt = attempts.setdefault(record.attempt, Attempt(record.attempt, record.ms, record.ms))

@@ -111,11 +111,11 @@ class Recorder:
         self._config = config
         self._redactor = Redactor(secrets)
         self._journal = Journal(self.directory, attempt, role, int(config.segment_mb * (1 << 20)))
-        self._write_identity(run_uid, name)
+        begun_ms = self._write_identity(run_uid, name)
         self._known_names: set[str] = set()
         self._last_step = -1
         self._lag_step = -1
-        self._server = Server(config, RunIdentity(run_uid, name, creates), self.directory, self._redactor)
+        self._server = Server(config, RunIdentity(run_uid, name, begun_ms, creates), self.directory, self._redactor)
         self._shipper = Shipper(self.directory, self._server, config, own=self._journal.stream)
         self._follower: Follower | None = None
         if follow:
@@ -127,12 +127,15 @@ class Recorder:
             self._sampler = SystemSampler(self.metrics, lambda: self._last_step, node, config.system_every_s)
             self._sampler.start()
 
-    def _write_identity(self, run_uid: str, name: str) -> None:
-        """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us."""
+    def _write_identity(self, run_uid: str, name: str) -> int:
+        """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us; returns when the run began."""
         path = self.directory / IDENTITY
-        if not path.exists():
-            body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment}
-            path.write_text(json.dumps(body) + "\n")
+        if path.exists():
+            return int(json.loads(path.read_text())["begun_ms"])
+        begun_ms = time.time_ns() // 1_000_000
+        body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment, "begun_ms": begun_ms}
+        path.write_text(json.dumps(body) + "\n")
+        return begun_ms
 
     # -- what a run tells -------------------------------------------------------------------------------------------
 

@@ -49,11 +49,13 @@ class RunIdentity:
     Attributes:
         run_uid: our own identifier, made once and stored beside the checkpoints.
         name: readable name shown in the UI.
+        begun_ms: when the run began (ms since the epoch), which may be long before the server first answers.
         creates: whether this process may create the MLflow run. One process of a run may; the others wait for it.
     """
 
     run_uid: str
     name: str = ""
+    begun_ms: int | None = None
     creates: bool = True
 
 
@@ -85,12 +87,13 @@ def limit_mlflow(config: TrackConfig) -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "mlflow", "urllib3.connectionpool"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Deprecations between MLflow and its own dependencies say nothing to the user of this project.
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"(mlflow|sqlalchemy|alembic)(\..*)?$")
-    warnings.filterwarnings("ignore", category=UserWarning, message=r"(?s).*(doesn't validate|Add type hints)")
+    warnings.filterwarnings("ignore", category=UserWarning, message=r"(?s).*MLflow doesn't validate")
 
 
 def open_client(config: TrackConfig) -> Any:
@@ -215,7 +218,10 @@ class Server:
         experiment = self._client.get_experiment_by_name(self._config.experiment)
         experiment_id = experiment.experiment_id if experiment else self._create_experiment()
         run = self._client.create_run(
-            experiment_id, run_name=self.identity.name or self.identity.run_uid, tags={RUN_UID: self.identity.run_uid}
+            experiment_id,
+            start_time=self.identity.begun_ms,
+            run_name=self.identity.name or self.identity.run_uid,
+            tags={RUN_UID: self.identity.run_uid},
         )
         return str(run.info.run_id)
 
@@ -224,7 +230,9 @@ class Server:
         path = sqlite_path(self._config.uri)
         root = self._config.artifact_root or (f"{path.parent}/artifacts" if path else "")
         location = f"{root.rstrip('/')}/{_BAD_NAME.sub('_', self._config.experiment)}" if root else None
-        return str(self._client.create_experiment(self._config.experiment, artifact_location=location))
+        # The kind makes the UI open with charts and runs instead of its language-model views.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return str(self._client.create_experiment(self._config.experiment, artifact_location=location, tags=tags))
 
     def remove_ghosts(self) -> int:
         """Delete empty runs that carry our tag: a create call that timed out may have succeeded unseen."""

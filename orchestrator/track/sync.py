@@ -41,8 +41,18 @@ class Synced:
         return not (self.error or self.refused or (self.waiting and not self.busy))
 
 
-def read_identity(directory: Path) -> dict[str, str]:
-    """The run's uid, name and experiment, as its recorder left them.
+@dataclass(frozen=True)
+class Identity:
+    """What `track/run.json` says of a run."""
+
+    run_uid: str
+    name: str
+    experiment: str
+    begun_ms: int
+
+
+def read_identity(directory: Path) -> Identity:
+    """The run's identity, as its recorder left it.
 
     Raises:
         ValueError: the directory holds no recorded run.
@@ -50,8 +60,8 @@ def read_identity(directory: Path) -> dict[str, str]:
     path = directory / IDENTITY
     try:
         found = json.loads(path.read_text())
-        return {name: str(found[name]) for name in ("run_uid", "name", "experiment")}
-    except (OSError, ValueError, KeyError) as error:
+        return Identity(str(found["run_uid"]), str(found["name"]), str(found["experiment"]), int(found["begun_ms"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{directory} is not a run directory: {path} is missing or damaged ({error}). Give the directory that has "
             "the folder `track` in it, for example runs/<name>"
@@ -65,7 +75,7 @@ def sync(directory: Path, config: TrackConfig, patience_s: float = 60.0) -> Sync
         ValueError: the directory holds no recorded run.
     """
     identity = read_identity(directory)
-    server = Server(config, RunIdentity(identity["run_uid"], identity["name"]), directory, Redactor())
+    server = Server(config, RunIdentity(identity.run_uid, identity.name, identity.begun_ms), directory, Redactor())
     shipper = Shipper(directory, server, config)
     error, until = "", time.monotonic() + patience_s
     while True:
