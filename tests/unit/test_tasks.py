@@ -67,7 +67,9 @@ def test_losses_and_gradients_add_up_over_any_split(kind):
         assert torch.allclose(torch.cat(parts), whole.loss_B, rtol=1e-12, atol=1e-13)
         shares = [gradients(task, i, k, 6) for i, k in zip(images.chunk(world), keys.chunk(world), strict=True)]
         for name, full in grads.items():
-            assert torch.allclose(sum(share[name] for share in shares), full, rtol=1e-9, atol=1e-12), name
+            # The published pixel encoder resamples its positions in float32, and so their gradient.
+            atol = 1e-10 if name.endswith("absolute_pos_embed") else 1e-12
+            assert torch.allclose(sum(share[name] for share in shares), full, rtol=1e-9, atol=atol), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
