@@ -96,15 +96,14 @@ class Segmentation(Official):
 def config_of(manifest: dict) -> ModelConfig:
     hyper, family = manifest["hyper_parameters"], manifest["family"]
     itpn = "itpn_clip" if hyper["layer_scale_init"] else "itpn_pixel"
-    height, width = hyper["image_size"]
-    assert (hyper["layer_norm_eps"], hyper["mlp_ratio_stage1_and_2"], height) == (1e-6, 3.0, width)
+    assert (hyper["layer_norm_eps"], hyper["mlp_ratio_stage1_and_2"]) == (1e-6, 3.0)
     return ModelConfig(
         family="fast" if family.startswith("fast") else itpn,
         embed_dim=hyper["embed_dim_stage3"],
         depths=tuple(hyper["stage_depths"]),
         num_heads=hyper["num_heads"],
         patch_size=hyper["patch_size"],
-        img_size=height,
+        img_size=positions_size(manifest)[0],
         in_chans=hyper["in_channels"],
         layer_scale_init=hyper["layer_scale_init"] or 0.0,
         relative_bias="on" if hyper.get("relative_position_bias") else "off",
@@ -124,18 +123,19 @@ def positions_size(manifest: dict) -> tuple[int, int]:
 def build(manifest: dict) -> nn.Module:
     """The model of a manifest, ready for `load_state_dict` with official names."""
     hyper, family, config = manifest["hyper_parameters"], manifest["family"], config_of(manifest)
+    size = positions_size(manifest)
     if family.endswith("classifier"):
-        return Classifier(Backbone(config, num_classes=hyper["num_classes"], final_norm="pooled"))
+        return Classifier(Backbone(config, num_classes=hyper["num_classes"], final_norm="pooled", img_size=size))
     if family == "fast_itpn_pretrain":
         scale = 0.1 if hyper["stop_grad_patch_embed"] else 1.0
-        student = FastStudent(config, hyper["teacher_dim"], hyper["fpn_dim"], stem_gradient_scale=scale)
+        student = FastStudent(config, hyper["teacher_dim"], hyper["fpn_dim"], stem_gradient_scale=scale, img_size=size)
         return FastPretrain(student)
     dim, depth = hyper["fpn_dim"], hyper["fpn_depth"]
     if family == "itpn_clip_pretrain":
-        return ClipPretrain(ClipStudent(config, hyper["teacher_dim"], dim, depth))
+        return ClipPretrain(ClipStudent(config, hyper["teacher_dim"], dim, depth, img_size=size))
     if family == "itpn_pixel_pretrain":
-        decoder = {name: hyper[name] for name in ("decoder_depth", "decoder_heads")}
+        decoder = {name: hyper[name] for name in ("decoder_depth", "decoder_heads")} | {"img_size": size}
         return PixelPretrain(PixelStudent(config, dim, depth, decoder_dim=hyper["decoder_embed_dim"], **decoder))
     if family == "itpn_segmentation_pyramid":
-        return Segmentation(Backbone(config, pyramid_dim=dim, pyramid_depth=depth, img_size=positions_size(manifest)))
+        return Segmentation(Backbone(config, pyramid_dim=dim, pyramid_depth=depth, img_size=size))
     raise ValueError(f"no model for family {family!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -246,3 +248,30 @@ def test_impossible_backbones_are_refused():
         Backbone(tiny()).forward_intermediates(torch.zeros(1, 3, 64, 64), output_fmt="NLC")
     with pytest.raises(ValueError, match="built for 16"):
         Backbone(tiny()).set_input_size(64, patch_size=8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_bf16_weights_and_autocast_stay_near_float32(family, size):
+    model = randomised(build_backbone(tiny(family, drop_path_rate=0.2), num_classes=7))
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        want = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model.train()(images, torch.arange(2))
+            near = model.eval()(images)
+        half = model.to(torch.bfloat16)(images.bfloat16())
+    assert mixed.shape == want.shape
+    assert half.dtype == torch.bfloat16
+    for value in (near, half):
+        torch.testing.assert_close(value.float(), want, atol=0.05 * want.abs().max().item(), rtol=0.1)
+
+
+def test_a_used_model_can_be_copied_and_pickled(tmp_path):
+    model = randomised(build_backbone(tiny("itpn_clip")))
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        want = model(images)
+        torch.save(model, tmp_path / "model.pt")
+        for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+            assert torch.equal(other(images), want)
