@@ -28,7 +28,11 @@ def unit(features_BND: Tensor) -> Tensor:
 
 def cosines(a_BMD: Tensor, b_BND: Tensor) -> Tensor:
     """Products [B, M, N] in float32 also under autocast: coarse scores would tie."""
-    with torch.autocast(a_BMD.device.type, enabled=False):
+    device = a_BMD.device.type
+    # the meta device, on which FLOPs are counted, has no autocast to switch off
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return a_BMD @ b_BND.transpose(1, 2)
+    with torch.autocast(device, enabled=False):
         return a_BMD @ b_BND.transpose(1, 2)
 
 
