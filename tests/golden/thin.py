@@ -26,10 +26,7 @@ def thin(source: Path, name: str) -> None:
             continue
         generator = torch.Generator().manual_seed(len(parameter))
         chosen = torch.randperm(tensors[key].numel(), generator=generator)[:KEPT].sort().values
-        if record["stored"] == "full":
-            index = chosen
-        else:
-            index = tensors[f"grad_index/{parameter}"].long()[chosen]
+        index = chosen if record["stored"] == "full" else tensors[f"grad_index/{parameter}"].long()[chosen]
         tensors[key] = tensors[key].flatten()[chosen].contiguous()
         tensors[f"grad_index/{parameter}"] = index.int()
         record["stored"] = "sampled"
