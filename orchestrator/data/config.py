@@ -46,7 +46,7 @@ class DataConfig:
     crop_ratio: tuple[float, float] = field(default=(0.75, 1.3333), metadata={"help": "width / height of a crop"})
     workers: int = field(default=0, metadata={"help": "decoding processes per training worker; 0 = one thread"})
     prefetch: int = field(default=4, metadata={"help": "batches decoded ahead, per process"})
-    read_threads: int = field(default=4, metadata={"help": "ranged reads in flight, per process"})
+    read_threads: int = field(default=8, metadata={"help": "ranged reads in flight, per process"})
     streams: int = field(default=16, metadata={"help": "logical streams of the order; at least the number of readers"})
     run: int = field(default=32, metadata={"help": "consecutive samples that are read with one request"})
     block_runs: int = field(default=16, metadata={"help": "runs from different places that are shuffled together"})

@@ -228,6 +228,7 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="data-read")
         self._coming: dict[int, Future[dict[int, Encoded | Damage]]] = {}
         self._ids: dict[int, I64] = {}
+        self._first: int | None = None
 
     def close(self) -> None:
         """Drops what is under way."""
@@ -253,15 +254,28 @@ class Prefetcher:
         missing = np.array([i for i in ids.tolist() if i not in self._coming and not self._skip(i)], dtype=np.int64)
         if not len(missing):
             return
-        if len(self._coming) * self._mean_bytes < self._config.memory_mb << 20:
-            wanted = self._needed(np.unique(missing // self._config.run), index)
-        else:  # the budget is spent: only what is due, to be read again with its neighbours later
-            wanted = np.sort(missing)
+        fresh = np.unique(missing // self._config.run)
+        whole = fresh[: self._room(index)]
+        due = missing[~np.isin(missing // self._config.run, whole)]
+        wanted = np.sort(np.concatenate([self._needed(whole, index), due]))
         runs = wanted // self._config.run
         for begin, end in zip(*_bounds(runs), strict=True):
             chunk = wanted[begin:end]
             future = self._pool.submit(self._reader.read, chunk)
             self._coming.update(dict.fromkeys(chunk.tolist(), future))
+
+    def _room(self, index: int) -> int:
+        """How many whole runs may be read for a batch; of the others only the samples that are due.
+
+        None for the first batch, so that it does not wait for a block of every stream, and none beyond the memory
+        budget: what is left out then is read later, when it is due.
+        """
+        if self._first is None:
+            self._first = index
+        if index == self._first:
+            return 0
+        held = len(self._coming) * self._mean_bytes
+        return max(0, int(((self._config.memory_mb << 20) - held) / (self._mean_bytes * self._config.run)))
 
     def _needed(self, runs: I64, index: int) -> I64:
         """Ids of whole runs that this reader will serve in batch `index` or later and does not hold yet; sorted."""

@@ -20,8 +20,9 @@ from orchestrator.data.config import AugmentConfig, DataConfig
 from orchestrator.data.decode import decode_rgb
 from orchestrator.data.device import augment
 from orchestrator.data.errors import DataError, IntegrityError, QuarantineError, StoreError
+from orchestrator.data.fetch import Prefetcher
 from orchestrator.data.index import ShardIndex
-from orchestrator.data.loader import open_loader
+from orchestrator.data.loader import make_order, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.shards import ShardOptions, make_shards
 from orchestrator.data.views import EvalView, TrainView, render
@@ -125,20 +126,70 @@ def test_leaving_early_ends_threads_and_processes(made, workers):
     assert multiprocessing.active_children() == []
 
 
-def test_memory_budget_bounds_what_is_held_and_reading_goes_on(made):
-    split = made.split("train")
-    free, much = run(config(made, block_runs=25), split)
-    tight, counted = run(config(made, block_runs=25, memory_mb=1, prefetch=1), split)
-    assert [b.ids.tolist() for b in free] == [b.ids.tolist() for b in tight]
-    assert counted.samples == much.samples
+class Spy:
+    """Stands in for the store: remembers what was asked for and returns nothing."""
+
+    def __init__(self):
+        self.asked = []
+
+    def read(self, ids):
+        self.asked.append(ids.tolist())
+        return dict.fromkeys(ids.tolist())
+
+
+def prefetcher(manifest, spy, mean_bytes=1.0, **changes):
+    cfg = config(manifest, **changes)
+    order = make_order(cfg, manifest.split("train"), 1, TrainView(8))
+    return Prefetcher(
+        spy, order, cfg, samples=203, mean_bytes=mean_bytes, epoch=0, global_batch=16, stop_batch=12,
+        owned=lambda _: (0, 16), skip=lambda _: False,
+    )  # fmt: skip
+
+
+def test_memory_budget_bounds_what_is_held_ahead(made):
+    """Samples of 1 MiB: unbounded, whole blocks are held; with 40 MiB little more than the batches that are due."""
+    peaks = {}
+    for budget in (1000, 40):
+        spied = prefetcher(made, Spy(), 2.0**20, memory_mb=budget, block_runs=25, prefetch=1)
+        peaks[budget] = 0
+        for index in range(12):
+            ids, _ = spied.take(index)
+            assert len(ids) == 16
+            peaks[budget] = max(peaks[budget], len(spied._coming))
+        spied.close()
+    assert peaks[1000] > 80
+    assert peaks[40] <= 40 + 16
 
 
 def test_each_byte_is_read_once(made):
     """A reader takes what it needs of a run with one request: no run is read twice."""
     split = made.split("train")
     _, counters = run(config(made, last_batch="short"), split)
-    assert counters.requests <= 26 + 4  # 26 runs of 8, and runs that straddle two shards
+    assert counters.requests <= 26 + 4 + 32  # 26 runs of 8, some in two shards; one by one in the first batch
     assert counters.bytes <= sum(shard.bytes for shard in split.shards)
+
+
+def test_the_first_batch_waits_for_no_whole_block(made):
+    """Its samples are asked for alone, so that a start or a resume does not read a block of every stream first."""
+    spy = Spy()
+    spied = prefetcher(made, spy)
+    ids, _ = spied.take(5)
+    spied.close()
+    first = [i for group in spy.asked for i in group if i in ids.tolist()]
+    assert sorted(first) == sorted(ids.tolist())
+    assert all(set(group) <= set(ids.tolist()) for group in spy.asked[: len({i // 8 for i in ids.tolist()})])
+    everything = [i for group in spy.asked for i in group]
+    assert len(everything) == len(set(everything))
+
+
+def test_oversized_members_are_refused(made, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8)
+    (tmp_path / "in/a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "in/a/big.png")
+    options = ShardOptions(val_fraction=0.0)
+    big = make_shards(str(tmp_path / "in"), str(tmp_path / "out"), options, cache=tmp_path, say=lambda _: None)
+    with pytest.raises(QuarantineError, match=r"data\.max_member_mb"):
+        run(config(big, last_batch="short", max_member_mb=1), big.split("train"))
 
 
 def damaged(made, tmp_path, change):
