@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itpn_core.pretraining.config import check_objective
+from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
@@ -51,6 +53,13 @@ def _check_settings(config: PretrainConfig) -> None:
             f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one"
             f" image per step; use train.global_batch>={workers} or cluster.workers<={max(batch, 1)}"
         )
+    family = FAMILY_OF.get(config.objective.kind)
+    if family and config.model.family != family:
+        raise SettingError(
+            f"model.family={config.model.family!r} does not go with objective.kind={config.objective.kind!r}:"
+            f" set model.family={family}"
+        )
+    check_objective(config.objective)
     if config.data.image_size != config.model.img_size:
         raise SettingError(
             f"data.image_size={config.data.image_size} differs from model.img_size={config.model.img_size}:"
