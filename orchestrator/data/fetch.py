@@ -28,11 +28,12 @@ _INDEXES = 256  # shard indexes kept open per reader
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as stored, verified: image bytes, their extension, the label."""
+    """One sample as stored, verified: image bytes, their extension, the label, where the sample lies in its tar."""
 
     field: str
     data: bytes
     label: int
+    offset: int
 
 
 @dataclass
@@ -158,7 +159,7 @@ class SampleReader:
                 image, field = member, name
         if not field or label is None:
             raise IntegrityError(f"the sample has no {'image' if not field else 'cls'} member")
-        return Encoded(field, image, label)
+        return Encoded(field, image, label, _extent(index, number)[0])
 
     def _label(self, member: bytes) -> int:
         try:

@@ -167,7 +167,7 @@ def _decode_part(
                 labels[slot] = sample.label
                 continue
             except IntegrityError as error:
-                sample = _damage(spec.split, int(ids[slot]), str(error))
+                sample = _damage(spec.split, int(ids[slot]), sample.offset, str(error))
         if sample is not None:
             quarantine.add(sample)
         images[slot] = 0
@@ -175,9 +175,9 @@ def _decode_part(
     return Part(images, torch.from_numpy(ids), labels, valid, index, LoaderCounters())
 
 
-def _damage(split: Split, sample_id: int, reason: str) -> Damage:
-    shard, number = split.locate(np.array([sample_id]))
-    return Damage(sample_id, f"{split.uri}/{split.shards[int(shard[0])].name}, sample {int(number[0])}", 0, reason)
+def _damage(split: Split, sample_id: int, offset: int, reason: str) -> Damage:
+    shard, _ = split.locate(np.array([sample_id]))
+    return Damage(sample_id, f"{split.uri}/{split.shards[int(shard[0])].name}", offset, reason)
 
 
 class Loader:

@@ -10,6 +10,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -214,4 +215,5 @@ def main(name: str, settings: Settings) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], json.loads(sys.stdin.read()))))
+    print(json.dumps(main(sys.argv[1], json.loads(sys.stdin.read()))), flush=True)
+    os._exit(0)  # some contestants leave threads behind that abort the interpreter's ending
