@@ -27,6 +27,7 @@ from itpn_core.pretraining.guard import CollapseGuard
 from itpn_core.pretraining.masking import PUBLISHED_RATIO, block_mask, mask_count, uniform_mask
 from itpn_core.pretraining.targets import map_of, plain_layer_norm
 from itpn_core.pretraining.teachers import ImageNorm, Teacher, at_least_float32
+from itpn_core.reduction.model import Reducible
 
 PIXEL_MASK_RATIO = 0.75
 
@@ -64,6 +65,8 @@ class PretrainTask(nn.Module):
         self._outside = () if teacher is None else (teacher,)
         self.guard = CollapseGuard(config.guard_fraction, config.guard_steps)
         self.mask_count = mask_count(student.grid[0] * student.grid[1], self._mask_ratio())
+        if isinstance(student, Reducible):
+            student.set_token_reduction(student.migration, student.gathering, masked_tokens=self.mask_count)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for module in (*self._outside, super()):

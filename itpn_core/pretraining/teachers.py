@@ -22,6 +22,7 @@ from itpn_core.errors import ConfigError, WeightsError, nearest
 from itpn_core.models.checkpoint import read_weights
 from itpn_core.pretraining.config import TeacherConfig
 from itpn_core.pretraining.weights import load_in_order, load_named, package_weights
+from itpn_core.reduction.model import Reducible
 
 Grid = tuple[int, int]
 
@@ -202,6 +203,9 @@ class EmaTeacher(nn.Module):
     def __init__(self, student: nn.Module) -> None:
         super().__init__()
         self.module: Any = copy.deepcopy(student).requires_grad_(False)
+        if isinstance(self.module, Reducible):
+            # targets are features of the whole image, also when the student drops tokens
+            self.module.set_token_reduction()
         self.train()
 
     def train(self, mode: bool = True) -> Self:

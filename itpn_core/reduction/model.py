@@ -57,9 +57,10 @@ class Reducible(nn.Module):
         migration, gathering = as_migration(migration), as_gathering(gathering)
         check_window(gathering, trunk.grid)
         plan = make_plan(migration, gathering, trunk.config.depths[2], trunk.grid)
-        check_masked(plan, masked_tokens)
         if self.computes_visible_only:
             _check_sparse(migration, gathering, plan)
+        else:
+            check_masked(plan, masked_tokens)
         self._set_gathering_tokens(gathering, plan)
         self.migration, self.gathering = migration, gathering
 
