@@ -160,6 +160,10 @@ def check_answers(config: TrackConfig) -> None:
         ) from error
 
 
+def _is_empty(run: Any) -> bool:
+    return not run.data.metrics and not run.data.params
+
+
 class Server:
     """One run on one MLflow server.
 
@@ -192,8 +196,8 @@ class Server:
             self._existed = bool(found)
             if not found and not self.identity.creates:
                 raise UnreachableError("the run is not on the server yet, and this process does not create it")
-            run_id = found[0] if found else self._create()
-            self._params = dict(self._client.get_run(run_id).data.params) if found else {}
+            run_id = str(found[0].info.run_id) if found else self._create()
+            self._params = dict(found[0].data.params) if found else {}
         self._seen.clear()
         self.run_id = run_id
         return run_id
@@ -203,16 +207,16 @@ class Server:
         self.run_id = ""
         self._seen.clear()
 
-    def _find(self) -> list[str]:
-        """Runs with our tag in any experiment, the oldest first (so that all processes choose the same)."""
+    def _find(self) -> list[Any]:
+        """Runs with our tag in any experiment: those that hold something first, then the oldest.
+
+        Every process that asks gets the same order, and so chooses the same run.
+        """
         experiments = [found.experiment_id for found in self._client.search_experiments(max_results=1000)]
         runs = self._client.search_runs(
-            experiments,
-            filter_string=f"tags.{RUN_UID} = '{self.identity.run_uid}'",
-            order_by=["attributes.start_time ASC"],
-            max_results=10,
+            experiments, filter_string=f"tags.{RUN_UID} = '{self.identity.run_uid}'", max_results=10
         )
-        return [run.info.run_id for run in runs]
+        return sorted(runs, key=lambda run: (_is_empty(run), run.info.start_time, run.info.run_id))
 
     def _create(self) -> str:
         experiment = self._client.get_experiment_by_name(self._config.experiment)
@@ -237,11 +241,10 @@ class Server:
     def remove_ghosts(self) -> int:
         """Delete empty runs that carry our tag: a create call that timed out may have succeeded unseen."""
         with translated():
-            ghosts = [run_id for run_id in self._find() if run_id != self.run_id]
-            empty = [run_id for run_id in ghosts if not self._client.get_run(run_id).data.metrics]
-            for run_id in empty:
+            ghosts = [run.info.run_id for run in self._find() if run.info.run_id != self.run_id and _is_empty(run)]
+            for run_id in ghosts:
                 self._client.delete_run(run_id)
-        return len(empty)
+        return len(ghosts)
 
     def ship(self, batch: Sequence[Record]) -> None:
         """Send records; when it returns the server holds them. Sending a record again changes nothing.

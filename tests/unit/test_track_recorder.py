@@ -35,13 +35,15 @@ def test_worker_then_driver_end_in_one_run(config, tmp_path):
     backlog = worker.close(60)
     assert backlog.empty, str(backlog)
 
+    client = MlflowClient(config.uri)
+    experiment = client.get_experiment_by_name("itpn").experiment_id
+    client.create_run(experiment, start_time=1, tags={"run_uid": "uid-1"})  # as left by a create call that timed out
     driver = Recorder(config, "uid-1", run, attempt=1, role="driver")
     driver.metrics(4, {"train/loss": 99.0, "eval/knn_top1": 0.5})  # the loss of step 4 is there already
     driver.dataset("photos/train", "abc", "/data/photos", "training", {"samples": 10})
     driver.state("finished", "all steps done")
     assert driver.close(60).empty
 
-    client = MlflowClient(config.uri)
     experiments = [found.experiment_id for found in client.search_experiments()]
     (found,) = client.search_runs(experiments, "tags.run_uid = 'uid-1'")
     assert found.info.run_id == backlog.run_id
@@ -55,6 +57,8 @@ def test_worker_then_driver_end_in_one_run(config, tmp_path):
     assert found.inputs.dataset_inputs[0].dataset.name == "photos/train"
     path = client.download_artifacts(backlog.run_id, "notes/note.txt", str(tmp_path))
     assert Path(path).read_text() == "password: [redacted]\n"
+    kept = [held for held in tmp_path.rglob("*") if held.is_file() and held != run / "note.txt"]
+    assert [held for held in kept if b"hunter2!" in held.read_bytes()] == []  # journal, database, artifacts
     assert json.loads((run / "track" / "run.json").read_text())["run_uid"] == "uid-1"
 
 
