@@ -1,5 +1,6 @@
 """Any number of ranks computes the same training: same samples, same losses, same gradients."""
 
+import itertools
 import os
 
 import pytest
@@ -71,7 +72,7 @@ def run_world(world, port, data, tmp_path, *words, first=0, last=STEPS):
     tmp_path.mkdir(exist_ok=True)
     mp.spawn(child, (world, port, (data, tmp_path, *WORDS, *words), first, last, str(tmp_path)), nprocs=world)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
-    ids = [sum(parts, []) for parts in zip(*(r[0] for r in ranks), strict=True)]
+    ids = [list(itertools.chain(*parts)) for parts in zip(*(r[0] for r in ranks), strict=True)]
     assert all(r[1] == ranks[0][1] for r in ranks), "ranks disagree about the losses"
     return ids, ranks[0][1], ranks[0][2]
 
