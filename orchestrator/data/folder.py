@@ -16,8 +16,10 @@ from urllib.parse import urlsplit
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
+from orchestrator.data.errors import DataError
 
-class StorageError(ValueError):
+
+class StorageError(DataError):
     """Storage cannot be reached or refuses; the message names the place and what to check."""
 
 
