@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import webdataset.shardlists as wds_lists
 
@@ -14,7 +15,7 @@ _SPECIAL = re.compile(r"[{*?\[]")
 def split_pattern(uri: str) -> tuple[str, str]:
     """Cuts `s3://b/p/train-{000..007}.tar` into the folder `s3://b/p` and the pattern; no pattern gives ''."""
     found = _SPECIAL.search(uri)
-    if found is None:
+    if found is None or ("://" not in uri and Path(uri).expanduser().is_dir()):  # a folder may be called "a[1]"
         return uri, ""
     folder = uri[: found.start()].rfind("/")
     return (uri[:folder], uri[folder + 1 :]) if folder >= 0 else (".", uri)

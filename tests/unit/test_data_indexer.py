@@ -59,6 +59,12 @@ def test_splits_by_name_and_resume(tmp_path):
     assert sum(len(b.ids) for b in read(again.manifest.split("val"))[0]) == 11
 
 
+def test_a_folder_may_look_like_a_pattern(tmp_path):
+    write_tar(tmp_path / "a[1]" / "train-0.tar", good(3))
+    assert index_shards(str(tmp_path / "a[1]")).manifest.split("train").samples == 3
+    assert Manifest.load(str(tmp_path / "a[1]")).split("train").samples == 3
+
+
 def test_patterns_select_shards(tmp_path):
     for number in range(4):
         write_tar(tmp_path / f"s-{number}.tar", good(3))
