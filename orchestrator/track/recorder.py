@@ -7,6 +7,7 @@ code (a metric that is not a number, a name MLflow cannot hold) and shows at the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -130,7 +131,7 @@ class Recorder:
     def _write_identity(self, run_uid: str, name: str) -> int:
         """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us; returns when the run began."""
         path = self.directory / IDENTITY
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged: written anew
             return int(json.loads(path.read_text())["begun_ms"])
         begun_ms = time.time_ns() // 1_000_000
         body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment, "begun_ms": begun_ms}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -43,7 +44,7 @@ def write_report(history: RunHistory, directory: Path, path: Path) -> None:
         f"</head><body><h1>{title} <span class='state {escape(state)}'>{escape(state)}</span></h1>",
         f"<p class='sub'>run {escape(history.run_uid)} · {escape(_when(history))}</p>",
         _headline(history),
-        _section("Purpose", f"<pre>{escape(history.tags.get('mlflow.note.content', ''))}</pre>")
+        _section("Purpose", _markdown(history.tags["mlflow.note.content"]))
         if history.tags.get("mlflow.note.content")
         else "",
         _section("Curves", _charts(history)),
@@ -70,6 +71,25 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
 
+def _markdown(text: str) -> str:
+    """The Markdown that our descriptions use: paragraphs, two-column tables, **bold** and `code`."""
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        rows = [line.strip().strip("|").split("|") for line in block.splitlines() if line.strip().startswith("|")]
+        rows = [row for row in rows if any(cell.strip(" -:") for cell in row)]  # no rule, no empty head
+        if rows:
+            cells = ["".join(f"<td>{_inline(cell.strip())}</td>" for cell in row) for row in rows]
+            blocks.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
+        else:
+            blocks.append(f"<p>{_inline(block)}</p>")
+    return "".join(blocks)
+
+
+def _inline(text: str) -> str:
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escape(text))
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+
+
 def _clock(ms: int) -> str:
     return datetime.datetime.fromtimestamp(ms / 1000, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
@@ -80,7 +100,8 @@ def _when(history: RunHistory) -> str:
     begun = min(attempt.begun_ms for attempt in history.attempts)
     active = sum(attempt.ended_ms - attempt.begun_ms for attempt in history.attempts) / 1000
     count = len(history.attempts)
-    return f"begun {_clock(begun)}, active {active / 60:.1f} min in {count} attempt{'s' if count > 1 else ''}"
+    shown = f"{active:.0f} s" if active < 120 else f"{active / 60:.1f} min"
+    return f"begun {_clock(begun)}, active {shown} in {count} attempt{'s' if count > 1 else ''}"
 
 
 def _headline(history: RunHistory) -> str:

@@ -7,6 +7,7 @@ follower's thread, never on the caller of a Recorder.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -130,6 +131,8 @@ def translated() -> Iterator[None]:
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         if isinstance(error, RefusedError):
             raise
+        if isinstance(error, OSError | json.JSONDecodeError):  # a broken answer, not a broken record
+            raise UnreachableError(f"{type(error).__name__}: {error}") from error
         raise RefusedError(f"{type(error).__name__}: {error}") from error
     except FileNotFoundError as error:
         raise RefusedError(f"file is not there: {error.filename}") from error

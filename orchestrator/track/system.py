@@ -79,7 +79,7 @@ class _Probe:
         now = self._counters()
         seconds = max(now["at"] - self._before["at"], 1e-3)
         rates = {
-            f"{name}_megabytes_per_second": (now[name] - self._before[name]) / seconds / 1e6
+            f"{name}_mb_per_s": (now[name] - self._before[name]) / seconds / 1e6
             for name in now
             if name != "at" and name in self._before
         }
@@ -88,7 +88,7 @@ class _Probe:
             "cpu_utilization_percentage": float(self._psutil.cpu_percent()),
             "process_cpu_percentage": float(self._process.cpu_percent()),
             "system_memory_usage_percentage": float(memory.percent),
-            "process_memory_megabytes": self._process.memory_info().rss / 1e6,
+            "process_memory_mb": self._process.memory_info().rss / 1e6,
             **{name: round(rate, 4) for name, rate in rates.items()},
             **_accelerators(),
         }
@@ -103,5 +103,5 @@ def _accelerators() -> dict[str, float]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         values[f"gpu_{index}_memory_usage_percentage"] = 100.0 * (total - free) / total
-        values[f"gpu_{index}_memory_reserved_megabytes"] = torch.cuda.memory_reserved(index) / 1e6
+        values[f"gpu_{index}_memory_reserved_mb"] = torch.cuda.memory_reserved(index) / 1e6
     return values

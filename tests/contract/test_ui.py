@@ -59,8 +59,8 @@ def record(folder, uri, number, lr):
     card = model_card(name=name, model=settings, data="600 photographs", metrics=figures, run_uid=f"uid-{number}")
     recorder.model(weights, settings, step=200, mean=(0.5,) * 3, std=(0.5,) * 3, aliases=("candidate", "best"),
                    metrics=figures, card=card)  # fmt: skip
-    recorder.report()
     recorder.state("finished", "all steps done")
+    recorder.report()
     backlog = recorder.close(240)
     assert backlog.empty, str(backlog)
     return backlog.run_id

@@ -17,7 +17,7 @@ def test_the_report_is_one_file_that_tells_the_story(tmp_path):
         recorder = Recorder(CONFIG, "uid", tmp_path, attempt, name="<first & run>", follow=False, node="")
         recorder.state("running")
         recorder.params({"train": {"lr": 0.1}})
-        recorder.describe("Why this run exists.")
+        recorder.describe("Why this **run** exists.\n\n| | |\n|---|---|\n| **Recipe** | `a<b` |\n")
         recorder.dataset("photos/train", "abcdef", "/data/photos", "training", {"samples": 1000})
         for step in range(first, first + 60):
             recorder.metrics(step, {"train/loss": 10.0 / (step + 1), "eval/knn_top1": step / 100})
@@ -26,9 +26,11 @@ def test_the_report_is_one_file_that_tells_the_story(tmp_path):
     recorder.state("finished", "all steps done")
     page = recorder.report().read_text()
     recorder.close(0)
-    for shown in ("&lt;first &amp; run&gt;", "Why this run exists.", "10 → 0.1", "photos/train", "all steps done",
-                  "data:image/png;base64,", "<polyline", "train.lr", "2 attempts"):  # fmt: skip
-        assert shown in page, shown
+    expected = [
+        "&lt;first &amp; run&gt;", "Why this <b>run</b> exists.", "<td><b>Recipe</b></td><td><code>a&lt;b</code></td>",
+        "10 → 0.1", "photos/train", "all steps done", "data:image/png;base64,", "<polyline", "train.lr", "2 attempts",
+    ]  # fmt: skip
+    assert [words for words in expected if words not in page] == []
     assert not re.search(r"(src|href)='(?!data:)", page)  # nothing is fetched from anywhere
     assert Redactor().text(page) == page  # shipping does not damage the pictures
 
@@ -52,5 +54,5 @@ def test_system_metrics_are_recorded_once_per_step_and_end_with_the_recorder(tmp
     recorder.close(0)
     names = [(name, record.event.step) for record in records(tmp_path) for name in record.event.values]
     assert names.count(("system/node0/cpu_utilization_percentage", 3)) == 1
-    assert names.count(("system/node0/process_memory_megabytes", 4)) == 1
+    assert names.count(("system/node0/process_memory_mb", 4)) == 1
     assert all(thread.name != "system-sampler" for thread in threading.enumerate())
