@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from itpn_core.benchmark import models, token_reduction
+from itpn_core.benchmark import models, token_reduction, window_attention
 
-COMMANDS = {"models": models, "token_reduction": token_reduction}
+COMMANDS = {"models": models, "token_reduction": token_reduction, "window_attention": window_attention}
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ class Reducible(nn.Module):
                 self.register_parameter(GATHERING_TOKENS, nn.Parameter(nn.init.trunc_normal_(tokens_GE, std=0.02)))
             elif len(held) != wanted:
                 raise ConfigError("TokenGathering.tokens", wanted, f"this model already learns {len(held)}")
-        elif wanted and (held is None or len(held) != wanted):
+        elif wanted and gathering != self.gathering and (held is None or len(held) != wanted):
             _log.info(
                 "token gathering: no %d trained gathering tokens in this model; zero-shot from pooled tokens", wanted
             )
