@@ -10,8 +10,10 @@ from orchestrator.data.folder import Folder
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
 from orchestrator.launch.show import duration, table
+from orchestrator.track.history import load_history
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
+from orchestrator.track.report import write_report
 
 # The run states that MLflow knows; "stopped" on request is its KILLED.
 MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
@@ -31,6 +33,9 @@ def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state:
     )
     recorder.tags({"run.state": state})
     recorder.state(MLFLOW_STATE[state], reason)
+    directory = recorder.directory
+    write_report(load_history(directory), directory, directory / "report.html")
+    recorder.artifact(directory / "report.html")
     backlog = recorder.close()
     if backlog.lost or (config.track.follow and not backlog.empty):
         print(f"warning: {backlog}")

@@ -240,6 +240,7 @@ class Engine:
         """Copies the state to the host and lets a background thread write it (rank 0)."""
         if self.run.rank == 0 and self.checkpoints.last_requested != self.state.step:
             self.checkpoints.save(self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}))
+            self.records.commit()
         self._saved_at = time.perf_counter()
 
     # -- evaluation -------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from safetensors.torch import save_file
 from orchestrator.config.load import to_yaml
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
+from orchestrator.track.describe import model_card, run_description
 from orchestrator.track.environment import environment_text
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
+from orchestrator.track.system import SystemSampler
 from orchestrator.train.context import RunContext
 from orchestrator.train.state import TrainState
 
@@ -37,7 +39,9 @@ class RunRecords:
         self._run = run
         self._manifest = manifest
         self._recorder: Recorder | None = None
-        self._started = False
+        self._sampler: SystemSampler | None = None
+        self._evaluation: dict[str, float] = {}
+        self._committed: set[Path] = set()
 
     def started(self, state: TrainState, total: int, peak_lr: float) -> None:
         """Records what is known before the first step of this attempt."""
@@ -69,8 +73,32 @@ class RunRecords:
             facts = {"samples": split.samples, "shards": len(split.shards), "classes": len(split.classes)}
             source = self._config.data.source
             recorder.dataset(f"{Path(source).name}/{name}", self._manifest.fingerprint, source, context, facts)
+        recorder.describe(self._description(parameters, total))
         recorder.text("config.yaml", to_yaml(self._config))
         recorder.text("environment.txt", environment_text())
+        if self._config.track.system_every_s > 0:
+            self._sampler = SystemSampler(
+                recorder.metrics, lambda: state.step, "node0", self._config.track.system_every_s
+            )
+            self._sampler.start()
+
+    def _description(self, parameters: int, total: int) -> str:
+        config = self._config
+        model, objective, train = config.model, config.objective, config.train
+        splits = [self._manifest.split(name) for name in (config.data.train_split, config.data.val_split)]
+        teacher = objective.teacher.model if objective.kind in ("fast", "clip") else "its own moving average"
+        return run_description(
+            purpose=config.track.description,
+            recipe=self._run.facts.get("recipe", "none"),
+            model=(
+                f"{model.family}, width {model.embed_dim}, depths {'-'.join(map(str, model.depths))}, "
+                f"{model.img_size} px, patch {model.patch_size}, {parameters / 1e6:.1f} M parameters in the student"
+            ),
+            objective="pixels" if objective.kind == "pixel" else f"{objective.kind}: features of {teacher}",
+            data=", ".join(f"{split.name} {split.samples:,}" for split in splits) + f" images of {config.data.source}",
+            length=f"{train.epochs} epochs, {total:,} steps of {train.global_batch} images",
+            run_directory=self._run.folder.uri,
+        )
 
     def window(self, first: int, rows: list[dict[str, float]], lrs: list[float], speed: float, wait: float) -> None:
         """Records the losses of consecutive steps; speed and data wait go with the last of them."""
@@ -86,8 +114,20 @@ class RunRecords:
 
     def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Records an evaluation at the state's step."""
+        self._evaluation = metrics
         if self._recorder is not None:
             self._recorder.metrics(state.step, metrics)
+
+    def commit(self) -> None:
+        """Copies closed journal segments to run storage, so that they outlive this host's disk."""
+        if self._recorder is None:
+            return
+        segments = self._recorder.close_segment()
+        if self._run.folder.local_path() is None:
+            for path in segments:
+                if path not in self._committed:
+                    self._run.folder.put(f"journal/{path.parent.name}/{path.name}", path.read_bytes())
+                    self._committed.add(path)
 
     def health(self, step: int, health: dict[str, float]) -> None:
         """Records spread and rank of the features per level."""
@@ -117,11 +157,36 @@ class RunRecords:
             state.average.swap()
         model: dict[str, Any] = asdict(self._config.model)
         save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(state.step)})
-        self._run.folder.put(f"final/{WEIGHTS}", path) if self._run.folder.local_path() is None else None
+        if self._run.folder.local_path() is None:
+            self._run.folder.put(f"final/{WEIGHTS}", path)
         self._recorder.artifact(path, "weights")
+        if self._config.track.registered_model:
+            self._register(path, model, state.step)
+
+    def _register(self, weights: Path, model: dict[str, Any], step: int) -> None:
+        assert self._recorder is not None  # noqa: S101 -- only called with one
+        objective = self._config.objective
+        card = model_card(
+            name=self._config.run.name,
+            model=model,
+            data=self._config.data.source,
+            metrics=self._evaluation,
+            run_uid=self._run.run_uid,
+        )
+        self._recorder.model(
+            weights,
+            model,
+            step=step,
+            mean=objective.mean,
+            std=objective.std,
+            metrics=self._evaluation,
+            card=card,
+        )
 
     def close(self) -> None:
         """Ends the journal; what the server did not take stays on disk and is named."""
+        if self._sampler is not None:
+            self._sampler.close()
         if self._recorder is not None:
             backlog = self._recorder.close()
             if backlog.lost or (self._config.track.follow and not backlog.empty):
