@@ -140,26 +140,6 @@ def _masked(images_BHW3: F32, mask_Bhw: F32) -> F32:
     return np.where(wide, _HIDDEN, np.clip(images_BHW3, 0, 1))
 
 
-def token_figure(
-    path: Path, images_B3HW: Tensor, kept: Mapping[str, Tensor], *, step: int, title: str = "token reduction"
-) -> None:
-    """Which tokens remain after each reduction.
-
-    Args:
-        path: PNG to write.
-        images_B3HW: images in [0, 1].
-        kept: by name of the place ("after block 4"), bool or float [B, h, w], 1 = the token is still there.
-        step: optimiser step.
-        title: first words of the title.
-    """
-    images = _array(images_B3HW).transpose(0, 2, 3, 1)
-    columns: list[Column] = [("input", np.clip(images, 0, 1), {})]
-    for name, kept_Bhw in kept.items():
-        share = kept_Bhw.float().mean().item()
-        columns.append((f"{name}\n{share:.0%} kept", _masked(images, 1 - _array(kept_Bhw.float())), {}))
-    _grid(path, columns, f"{title} · step {step:,}")
-
-
 def neighbour_figure(
     path: Path, queries_B3HW: Tensor, found_BK3HW: Tensor, similar_BK: Tensor, correct_BK: Tensor | None, *, step: int
 ) -> None:

@@ -26,7 +26,6 @@ from orchestrator.track.follower import Follower, Shipper
 from orchestrator.track.journal import Journal
 from orchestrator.track.redact import Redactor, flatten
 from orchestrator.track.server import RunIdentity, Server
-from orchestrator.track.system import SystemSampler
 
 IDENTITY = Path("track") / "run.json"
 _log = logging.getLogger(__name__)
@@ -91,7 +90,6 @@ class Recorder:
         creates: False for processes that may not create the MLflow run (system metrics of other nodes).
         secrets: values that may appear nowhere (see `redact.secret_values`).
         follow: False to write the journal only.
-        node: name of this host in system metrics, "" for none; by default rank 0 records "node0", others nothing.
     """
 
     def __init__(
@@ -106,7 +104,6 @@ class Recorder:
         creates: bool = True,
         secrets: Sequence[str] = (),
         follow: bool = True,
-        node: str | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
         self._config = config
@@ -122,11 +119,6 @@ class Recorder:
         if follow:
             self._follower = Follower(self._shipper, config, self._record_lag)
             self._follower.start()
-        node = ("node0" if role == "rank0" else "") if node is None else node
-        self._sampler: SystemSampler | None = None
-        if node and config.system_every_s > 0:
-            self._sampler = SystemSampler(self.metrics, lambda: self._last_step, node, config.system_every_s)
-            self._sampler.start()
 
     def _write_identity(self, run_uid: str, name: str) -> int:
         """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us; returns when the run began."""
@@ -259,12 +251,18 @@ class Recorder:
         self._journal.append(events.State(name, self._redactor.text(reason)))
 
     def report(self) -> Path:
-        """Write the run's story so far as one HTML file and keep it as an artifact (reads all journals: at the end)."""
+        """Write the run's story as one HTML file, and its losses as a picture; keep both (reads all journals)."""
+        from orchestrator.track.figures import curve_figure
         from orchestrator.track.history import load_history
         from orchestrator.track.report import write_report
 
-        path = self.directory / "track" / "files" / "report.html"
-        write_report(load_history(self.directory), self.directory, path)
+        history, files = load_history(self.directory), self.directory / "track" / "files"
+        losses = {name: sorted(history.series[name].items()) for name in sorted(history.series) if "/loss" in name}
+        if losses:
+            curve_figure(files / "figures" / "loss.png", losses, title=f"{history.name} · loss", unit="loss")
+            self.artifact(files / "figures" / "loss.png", "figures")
+        path = files / "report.html"
+        write_report(history, self.directory, path)
         self.artifact(path)
         return path
 
@@ -295,8 +293,6 @@ class Recorder:
         """Stop recording and wait for the follower, at most `timeout` seconds (default: `close_timeout_s`)."""
         wait = self._config.close_timeout_s if timeout is None else timeout
         begun = time.monotonic()
-        if self._sampler is not None:
-            self._sampler.close()
         self._journal.close()
         error = self._journal.last_error
         if self._follower is not None:

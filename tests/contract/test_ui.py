@@ -33,7 +33,7 @@ EXPERIMENT, REGISTERED = "photos 32px", "itpn-photos"
 def record(folder, uri, number, lr):
     """A short run with everything that a run of the engine leaves."""
     name, directory = f"small-{number}", folder / f"small-{number}"
-    config = TrackConfig(uri=uri, experiment=EXPERIMENT, registered_model=REGISTERED, poll_s=0.1, system_every_s=0.2)
+    config = TrackConfig(uri=uri, experiment=EXPERIMENT, registered_model=REGISTERED, poll_s=0.1)
     recorder = Recorder(config, f"uid-{number}", directory, name=name)
     recorder.state("running")
     recorder.params({"train": {"lr": lr, "epochs": 3}, "model": dataclasses.asdict(MODEL)})
@@ -46,6 +46,7 @@ def record(folder, uri, number, lr):
     recorder.text("config.yaml", f"train:\n  lr: {lr}\n")
     for step in range(1, 201):
         recorder.metrics(step, {"train/loss": (2 + lr) / math.sqrt(step), "train/lr": lr * (1 - step / 200)})
+    recorder.metrics(200, {"system/node0/cpu_utilization_percentage": 50.0})
     recorder.metrics(200, {"eval/knn_top1": 0.8 + lr})
     images = torch.rand(3, 3, 32, 32)
     teacher = torch.randn(3, 16, 8, 8)

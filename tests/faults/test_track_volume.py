@@ -43,7 +43,7 @@ def resident_mb():
 
 def test_a_million_points(tmp_path):
     config = TrackConfig(uri="http://127.0.0.1:9", segment_mb=2.0, poll_s=0.05, backoff_max_s=0.2, lag_every_s=1e6)
-    recorder = Recorder(config, "uid", tmp_path, node="")  # its follower finds no server all the while
+    recorder = Recorder(config, "uid", tmp_path)  # its follower finds no server all the while
     recorder.metrics(0, dict.fromkeys(NAMES, 0.0))
     before = resident_mb()
     for step in range(1, STEPS):

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from orchestrator.track.figures import ColourBasis, curve_figure, feature_figure, neighbour_figure, token_figure
+from orchestrator.track.figures import ColourBasis, curve_figure, feature_figure, neighbour_figure
 
 
 @pytest.fixture
@@ -47,10 +47,9 @@ def test_feature_figure_keeps_its_colours_when_told(parts, tmp_path):
 
 def test_the_other_pictures_are_written(parts, tmp_path):
     images = parts["input"]
-    token_figure(tmp_path / "t.png", images, {"after block 2": parts["mask"][:, 0]}, step=1)
     found = images[None].expand(3, -1, -1, -1, -1)
     neighbour_figure(tmp_path / "n.png", images, found, torch.rand(3, 3), torch.eye(3), step=1)
     curve_figure(tmp_path / "c.png", {"loss": [(0, 1.0), (1, 0.5)], "none": []}, title="loss", unit="loss")
-    for name in ("t.png", "n.png", "c.png"):
+    for name in ("n.png", "c.png"):
         with Image.open(tmp_path / name) as picture:
             assert np.asarray(picture.convert("L")).std() > 5  # something is drawn

@@ -1,20 +1,19 @@
 import re
-import threading
 import time
 
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.describe import model_card, run_description
 from orchestrator.track.figures import curve_figure
-from orchestrator.track.journal import records
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import Redactor
+from orchestrator.track.system import SystemSampler
 
-CONFIG = TrackConfig(uri="http://127.0.0.1:9", system_every_s=0.02)
+CONFIG = TrackConfig(uri="http://127.0.0.1:9")
 
 
 def test_the_report_is_one_file_that_tells_the_story(tmp_path):
     for attempt, first in ((1, 0), (2, 40)):
-        recorder = Recorder(CONFIG, "uid", tmp_path, attempt, name="<first & run>", follow=False, node="")
+        recorder = Recorder(CONFIG, "uid", tmp_path, attempt, name="<first & run>", follow=False)
         recorder.state("running")
         recorder.params({"train": {"lr": 0.1}})
         recorder.describe("Why this **run** exists.\n\n| | |\n|---|---|\n| **Recipe** | `a<b` |\n")
@@ -45,14 +44,18 @@ def test_words_hold_the_facts():
     assert "64 x 64" in card
 
 
-def test_system_metrics_are_recorded_once_per_step_and_end_with_the_recorder(tmp_path):
-    recorder = Recorder(CONFIG, "uid", tmp_path, follow=False)
-    recorder.metrics(3, {"train/loss": 1.0})
-    time.sleep(0.3)
-    recorder.metrics(4, {"train/loss": 1.0})
-    time.sleep(0.3)
-    recorder.close(0)
-    names = [(name, record.event.step) for record in records(tmp_path) for name in record.event.values]
-    assert names.count(("system/node0/cpu_utilization_percentage", 3)) == 1
-    assert names.count(("system/node0/process_memory_mb", 4)) == 1
-    assert all(thread.name != "system-sampler" for thread in threading.enumerate())
+def test_system_metrics_are_recorded_once_per_step_until_closed():
+    seen, step = [], [3]
+    sampler = SystemSampler(lambda at, values: seen.append((at, dict(values))), lambda: step[0], "node0", 0.02)
+    sampler.start()
+    for wanted in (3, 4):
+        step[0] = wanted
+        until = time.monotonic() + 20
+        while not any(at == wanted for at, _ in seen) and time.monotonic() < until:
+            time.sleep(0.01)
+    time.sleep(0.1)
+    sampler.close()
+    assert not sampler.is_alive()
+    assert [at for at, _ in seen] == [3, 4]
+    assert seen[1][1]["system/node0/process_memory_mb"] > 10
+    assert 0 <= seen[1][1]["system/node0/cpu_utilization_percentage"] <= 100
