@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from itpn_core.models import build_backbone
+from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.load import load
 from orchestrator.config.tree import PretrainConfig
 
@@ -96,3 +99,12 @@ def test_constraints_pin_what_was_tested():
     assert pins["torch"].startswith("2.14.1")
     assert pins["torchvision"].startswith("0.29.1")
     assert {"ray", "timm", "webdataset", "mlflow", "omegaconf"} <= pins.keys()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_recipes_build_on_the_meta_device(recipe):
+    config = load(PretrainConfig, recipe, [])
+    with torch.device("meta"):
+        model = build_backbone(config.model)
+    assert next(model.parameters()).is_meta
+    assert config.model.family == FAMILY_OF[config.objective.kind]
