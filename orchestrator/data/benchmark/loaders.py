@@ -120,7 +120,7 @@ def measure(images: Path, repeat: int, rounds: int, only: list[str], python: str
         if "streaming" in names:
             _run([python or sys.executable, "-c", _WRITE_MDS], settings, "streaming's own format")
         for turn in range(rounds):
-            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            for name in random.Random(turn).sample(names, len(names)):  # so that no two are always neighbours
                 interpreter = python if python and name in ("streaming", "torchdata") else sys.executable
                 command = [interpreter, "-m", "orchestrator.data.benchmark.contestants", name]
                 result = _run(command, settings, name)
