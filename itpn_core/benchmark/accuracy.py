@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from itpn_core.random import stream_keys, uniform
 from itpn_core.reduction import TokenGathering, TokenMigration
 
 MIGRATION = "migration (features, halves)"
-_RULES = {
+_RULES: dict[str, dict[str, Any]] = {
     MIGRATION: {},
     "migration (keys, halves)": {"similarity": "keys"},
     "migration (features, 3x3)": {"partners": "neighbours"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from itpn_core.reduction.config import TokenGathering, TokenMigration, as_gathering, as_migration
+from itpn_core.reduction.plan import check_layers
 
 FAMILIES = ("fast", "itpn_clip", "itpn_pixel")
 PATCH_SIZES = (4, 8, 16, 32)
@@ -59,6 +60,8 @@ class ModelConfig:
             raise ValueError(
                 f"depths={self.depths}: expected three stage depths of at least 1, for example (3, 3, 24)."
             )
+        check_layers("model.migration.layers", self.migration.layers, self.depths[2])
+        check_layers("model.gathering.global_layers", self.gathering.global_layers, self.depths[2])
         if self.embed_dim < 4 or self.embed_dim % 4:
             raise ValueError(
                 f"embed_dim={self.embed_dim}: must be a positive multiple of 4 (stage 1 is a quarter as wide)."

@@ -64,7 +64,9 @@ def prepare(setting: Setting) -> Prepared:
     """
     found = _cache.get(setting)
     if found is None:
-        found = _prepare(setting)
+        # a plan made in inference mode must serve training later
+        with torch.inference_mode(False):
+            found = _prepare(setting)
         # tensors made while a graph is exported are not real and may not outlive it
         if type(found.plan.order.cells) is Tensor:
             while len(_cache) >= _CACHED_PLANS:

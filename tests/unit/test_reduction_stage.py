@@ -375,6 +375,16 @@ def test_gradient_checkpointing_changes_nothing(gathering):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_a_plan_made_in_inference_mode_serves_training():
+    model, images = _model(size=(6, 10)), _images((6, 10))
+    model.set_token_reduction(TokenMigration((1,), (0.81,)), TokenGathering(5, 2, per_window=True))
+    with torch.inference_mode():
+        expected = model(images).clone()
+    out = model(images)
+    out.square().sum().backward()
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_weights_and_autocast(family):
     model, images = _model(family, (7, 9)), _images((7, 9))
@@ -413,3 +423,8 @@ def test_traces_as_one_graph():
     exported = torch.export.export(model, (_images((7, 8)),))
     torch.testing.assert_close(exported.module()(images), model(images))
     torch._dynamo.reset()
+
+
+def test_a_configuration_refuses_layers_the_model_does_not_have():
+    with pytest.raises(ConfigError, match=r"model.migration.layers = \(9,\): 9 must lie in 0 to 5"):
+        ModelConfig(depths=(1, 1, 6), migration=TokenMigration((9,), (0.5,)))
