@@ -49,6 +49,7 @@ def _mix_torch(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # hashing is not traceable
 def name_key(seed: int, epoch: int, name: str) -> int:
     """64-bit key of one named choice in one epoch of one run.
 

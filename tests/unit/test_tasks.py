@@ -307,3 +307,14 @@ def test_moving_the_task_moves_the_teacher():
     task = make("fast").double()
     assert next(task.teacher.parameters()).dtype == torch.float64
     assert task.targets(batch(2, dtype=torch.float64)[0]).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_is_one_graph(kind):
+    """No graph break and no wait for the device: dynamo refuses `.item()` and data-dependent branches."""
+    task = make(kind, drop_path=0.1).train()
+    images, keys = batch(2)
+    targets = task.targets(images)
+    torch.compiler.reset()
+    compiled = torch.compile(task, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(images, targets, keys).loss_B, task(images, targets, keys).loss_B, atol=1e-5)
