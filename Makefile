@@ -30,8 +30,9 @@ pretrain: data  ## pretrain a small Fast-iTPN on two CPU workers and evaluate it
 	@$(BIN)/python jobs/pretrain.py --recipe jobs/recipes/first_run.yaml
 
 ui: $(STAMP)  ## serve the results at http://127.0.0.1:5000 (PORT=... for another port)
-	@echo "MLflow at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) \
+	@case "$$MLFLOW_TRACKING_URI" in http*) echo "your MLflow server is at $$MLFLOW_TRACKING_URI"; exit 0;; esac; \
+	echo "MLflow at http://127.0.0.1:$(PORT) (Ctrl-C ends it)"; \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false exec $(BIN)/mlflow ui --host 127.0.0.1 --port $(PORT) \
 	  --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///$(ITPN_HOME)/runs/mlflow.db}"
 
 lint: $(STAMP)  ## format check, lint and strict types

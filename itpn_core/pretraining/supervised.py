@@ -93,14 +93,22 @@ class TeacherTask(PretrainTask):
 
 
 class FastTask(TeacherTask):
-    """Fast-iTPN: minus the mean cosine between predicted and teacher tokens, over masked patches."""
+    """Fast-iTPN: minus the mean cosine between predicted and teacher tokens, over masked patches.
+
+    With `loss_tokens=all` (ours) the visible patches count too, as in the CLIP flavour: the features of whole images are
+    then trained directly, which pays in runs of minutes.
+    """
 
     def forward(self, images_B3HW: Tensor, targets: Tensor, keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         mask_BN = self.mask(keys_B)
         prediction_BNT = self.student(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
-        loss_B = cosine_loss(at_least_float32(prediction_BNT), targets, mask_BN, self.mask_count)
-        return TaskOutput(loss_B, {})
+        prediction_BNT = at_least_float32(prediction_BNT)
+        masked_B = cosine_loss(prediction_BNT, targets, mask_BN, self.mask_count)
+        if self.config.loss_tokens == "masked":
+            return TaskOutput(masked_B, {})
+        all_B = cosine_loss(prediction_BNT, targets, torch.ones_like(mask_BN), mask_BN.shape[1])
+        return TaskOutput(all_B, {"loss_masked": masked_B.detach()})
 
     def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher tokens and the student's prediction from the masked image."""

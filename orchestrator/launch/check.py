@@ -7,6 +7,8 @@ from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.preflight import open_dataset
+from orchestrator.track.server import check_answers
 
 
 def check(config: PretrainConfig) -> Manifest:
@@ -19,7 +21,9 @@ def check(config: PretrainConfig) -> Manifest:
         UserError: one clear message for the first thing that is wrong.
     """
     _check_settings(config)
-    manifest = Manifest.load(config.data.source, config.data.store)
+    if config.track.required:
+        check_answers(config.track)
+    manifest = open_dataset(config.data)
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
     batch = config.train.global_batch
     if config.data.last_batch == "drop" and train.samples < batch:

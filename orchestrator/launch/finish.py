@@ -10,10 +10,9 @@ from orchestrator.data.folder import Folder
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
 from orchestrator.launch.show import duration, table
-from orchestrator.track.history import load_history
+from orchestrator.track.environment import working_diff
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
-from orchestrator.track.report import write_report
 
 # The run states that MLflow knows; "stopped" on request is its KILLED.
 MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
@@ -32,10 +31,11 @@ def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state:
         follow=config.track.follow,
     )
     recorder.tags({"run.state": state})
+    diff = working_diff()
+    if diff:
+        recorder.text("git.diff", diff)
     recorder.state(MLFLOW_STATE[state], reason)
-    directory = recorder.directory
-    write_report(load_history(directory), directory, directory / "report.html")
-    recorder.artifact(directory / "report.html")
+    recorder.report()
     backlog = recorder.close()
     if backlog.lost or (config.track.follow and not backlog.empty):
         print(f"warning: {backlog}")

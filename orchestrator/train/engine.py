@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from itpn_core.errors import CollapseError, UserError
 from itpn_core.pretraining.tasks import build_task
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config.tree import PretrainConfig
-from orchestrator.data.loader import Batch, open_loader
+from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import TrainView
@@ -69,6 +70,7 @@ class Engine:
         self.evaluator = Evaluator(config, run, manifest)
         self.watched = Watched(config, manifest, run.device)
         self._collapsed = ""
+        self._loader: Loader | None = None
         self._evaluated = -1
         self._watched_step = -1
         self._clock = time.perf_counter()
@@ -117,7 +119,7 @@ class Engine:
         first = self.state.step % self.steps_per_epoch
         stop = min(self.steps_per_epoch, first + self.total - self.state.step)
         self._window_clock = time.perf_counter()
-        loader: AbstractContextManager[Iterator[Batch]] = open_loader(
+        loader = open_loader(
             self.config.data,
             self.train_split,
             seed=self.config.train.seed,
@@ -130,6 +132,7 @@ class Engine:
             view=TrainView(self.config.data.image_size, self.config.data.crop_scale, self.config.data.crop_ratio),
             quarantined=self.state.quarantined,
         )
+        self._loader = loader
         with loader as batches:
             yield batches
 
@@ -238,10 +241,28 @@ class Engine:
 
     def save(self) -> None:
         """Copies the state to the host and lets a background thread write it (rank 0)."""
+        self._merge_quarantined()
         if self.run.rank == 0 and self.checkpoints.last_requested != self.state.step:
             self.checkpoints.save(self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}))
             self.records.commit()
         self._saved_at = time.perf_counter()
+
+    def _merge_quarantined(self) -> None:
+        """Makes the list of holes the same on all ranks before it is saved; nothing to do without a budget."""
+        budget = self.config.data.quarantine_budget
+        if not budget:
+            return
+        mine = self._loader.counters.quarantined if self._loader else []
+        parts: list[list[int]] = [mine]
+        if self.run.world > 1:
+            parts = [[] for _ in range(self.run.world)]
+            dist.all_gather_object(parts, mine)
+        self.state.quarantined = sorted({*self.state.quarantined, *(i for part in parts for i in part)})
+        if len(self.state.quarantined) > budget:
+            raise UserError(
+                f"{len(self.state.quarantined)} samples are damaged, data.quarantine_budget={budget} allows fewer: "
+                f"ids {self.state.quarantined[:20]}. Repair them (jobs/index_shards.py --verify finds them) or raise it"
+            )
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

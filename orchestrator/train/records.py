@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.track.describe import model_card, run_description
 from orchestrator.track.environment import environment_text
+from orchestrator.track.journal import restore_segments
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
 from orchestrator.track.system import SystemSampler
@@ -47,6 +49,7 @@ class RunRecords:
         """Records what is known before the first step of this attempt."""
         if self._run.rank:
             return
+        self._restore_journal()
         self._recorder = recorder = Recorder(
             self._config.track,
             self._run.run_uid,
@@ -81,6 +84,21 @@ class RunRecords:
                 recorder.metrics, lambda: state.step, "node0", self._config.track.system_every_s
             )
             self._sampler.start()
+
+    def _restore_journal(self) -> None:
+        """Brings the journal of earlier attempts back when rank 0 runs on another host."""
+        folder = self._run.folder
+        if folder.local_path() is not None:
+            return
+        with tempfile.TemporaryDirectory(prefix="journal-") as scratch:
+            pairs = []
+            for stream in folder.names("journal"):
+                for name in folder.names(f"journal/{stream}"):
+                    path = Path(scratch, stream, name)
+                    path.parent.mkdir(exist_ok=True)
+                    folder.download(f"journal/{stream}/{name}", path)
+                    pairs.append((stream, path))
+            restore_segments(self._run.directory, pairs)
 
     def _description(self, parameters: int, total: int) -> str:
         config = self._config

@@ -143,12 +143,16 @@ class Step:
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The reduced precision of matrix products, or None: "auto" is bf16 on a GPU that has it and fp32 elsewhere."""
-    if precision == "bf16":
-        return torch.bfloat16
-    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return None
+    """The reduced precision of matrix products, or None: "auto" is bf16 where the device computes it, else fp32."""
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # Elsewhere bf16 would be emulated, which is slower than fp32.
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def distribute(task: nn.Module, device: torch.device, world: int) -> nn.Module:

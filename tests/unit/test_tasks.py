@@ -138,6 +138,17 @@ def test_fast_loss_is_minus_the_mean_cosine_over_masked_tokens():
         )
 
 
+def test_fast_loss_over_all_tokens_keeps_the_masked_part_for_the_record():
+    task = make("fast", loss_tokens="all").eval()
+    images, keys = batch(3)
+    prediction = task.student(task.normalise(images), task.mask(keys))
+    cosine_BN = F.cosine_similarity(prediction, tokens_of(task.teacher(images)), dim=2)
+    output = losses(task, images, keys)
+    assert torch.allclose(output.loss_B, -cosine_BN.mean(1), atol=1e-6)
+    masked_B = (cosine_BN * task.mask(keys)).sum(1) / 6
+    assert torch.allclose(output.parts["loss_masked"], -masked_B, atol=1e-6)
+
+
 def test_clip_loss_is_the_sum_of_two_smooth_l1_over_all_tokens():
     task = make("clip").eval()
     images, keys = batch(3)
@@ -280,6 +291,8 @@ def test_figure_and_health_have_what_a_picture_needs(kind):
         ("fast", {"mask": "blocks"}, "Did you mean 'block'"),
         ("fast", {"mask_ratio": 1.5}, "objective.mask_ratio = 1.5: must lie between 0 and 1"),
         ("fast", {"mask_ratio": 0.01}, "at least one and not all of the 16 patches"),
+        ("fast", {"loss_tokens": "visible"}, "must be one of masked, all"),
+        ("ema", {"loss_tokens": "all"}, "must be masked when objective.kind is ema"),
         ("ema", {"target_norm": "channel"}, "must be layer or none for ema"),
         ("pixel", {"target_norm": "layer"}, "must be auto when objective.kind is pixel"),
         ("ema", {"level_weights": (1.0, 1.0)}, "must be three weights"),
