@@ -95,8 +95,8 @@ class TeacherTask(PretrainTask):
 class FastTask(TeacherTask):
     """Fast-iTPN: minus the mean cosine between predicted and teacher tokens, over masked patches.
 
-    With `loss_tokens=all` (ours) the visible patches count too, as in the CLIP flavour: the features of whole images are
-    then trained directly, which pays in runs of minutes.
+    With `loss_tokens=all` (ours) the visible patches count too, as in the CLIP flavour: the features of whole images
+    are then trained directly, which pays in runs of minutes.
     """
 
     def forward(self, images_B3HW: Tensor, targets: Tensor, keys_B: Tensor) -> TaskOutput:
