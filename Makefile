@@ -18,8 +18,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (once; several minutes, most of it downloading PyTorch)"
 	@start=$$SECONDS; \
 	$(PYTHON) -m venv $(VENV) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,dense]' && \
-	touch $(STAMP) && echo "set-up took $$((SECONDS - start)) s"
+	{ $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  --editable '.[dev,dense]' >$(VENV)/setup.log 2>&1 || { tail -n 30 $(VENV)/setup.log; exit 1; }; } && \
+	touch $(STAMP) && echo "set-up took $$((SECONDS - start)) s (its output: $(VENV)/setup.log)"
 
 setup: $(STAMP)  ## make the virtual environment with the tested packages
 
