@@ -37,27 +37,27 @@ class DataConfig:
     """Where samples come from, in which order, and how they are read."""
 
     source: str = field(
-        default="", metadata={"help": "folder, s3://, gs://, az:// or http(s) root; empty = the sample data"}
+        default="", metadata={"affects_result": False, "help": "folder, s3://, gs://, az:// or http(s) root; empty = the sample data"}
     )
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     val_split: str = field(default="val", metadata={"help": "split to evaluate on"})
     image_size: int = field(default=0, metadata={"help": "side of the square crops in pixels; 0 = model.img_size"})
     crop_scale: tuple[float, float] = field(default=(0.2, 1.0), metadata={"help": "area share of a random crop"})
     crop_ratio: tuple[float, float] = field(default=(0.75, 1.3333), metadata={"help": "width / height of a crop"})
-    workers: int = field(default=0, metadata={"help": "decoding processes per training worker; 0 = one thread"})
-    prefetch: int = field(default=4, metadata={"help": "batches decoded ahead, per process"})
-    read_threads: int = field(default=8, metadata={"help": "ranged reads in flight, per process"})
+    workers: int = field(default=0, metadata={"affects_result": False, "help": "decoding processes per training worker; 0 = one thread"})
+    prefetch: int = field(default=4, metadata={"affects_result": False, "help": "batches decoded ahead, per process"})
+    read_threads: int = field(default=8, metadata={"affects_result": False, "help": "ranged reads in flight, per process"})
     streams: int = field(default=16, metadata={"help": "logical streams of the order; at least the number of readers"})
     run: int = field(default=32, metadata={"help": "consecutive samples that are read with one request"})
     block_runs: int = field(default=16, metadata={"help": "runs from different places that are shuffled together"})
     last_batch: str = field(default="drop", metadata={"help": "drop or short: what happens to an incomplete batch"})
-    memory_mb: int = field(default=1024, metadata={"help": "encoded bytes held ahead, per process, in MiB"})
+    memory_mb: int = field(default=1024, metadata={"affects_result": False, "help": "encoded bytes held ahead, per process, in MiB"})
     quarantine_budget: int = field(default=0, metadata={"help": "damaged samples tolerated before the run stops"})
     max_pixels: int = field(default=64_000_000, metadata={"help": "larger images are refused from their header"})
     max_member_mb: int = field(default=256, metadata={"help": "larger tar members are refused, in MiB"})
     augment: AugmentConfig = field(default_factory=AugmentConfig, metadata={"help": "on-device augmentation"})
-    cache: CacheConfig = field(default_factory=CacheConfig, metadata={"help": "on-disk cache of remote reads"})
-    store: StoreConfig = field(default_factory=StoreConfig, metadata={"help": "how the object store is reached"})
+    cache: CacheConfig = field(default_factory=CacheConfig, metadata={"affects_result": False, "help": "on-disk cache of remote reads"})
+    store: StoreConfig = field(default_factory=StoreConfig, metadata={"affects_result": False, "help": "how the object store is reached"})
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -14,9 +14,11 @@ class EvalConfig:
     queries: int = field(default=0, metadata={"help": "val images that are classified; 0 = the whole val split"})
     k: int = field(default=10, metadata={"help": "neighbours that vote, weighted by cosine similarity"})
     crop: float = field(default=0.875, metadata={"help": "side of the centre crop as a share of the shorter side"})
-    batch: int = field(default=250, metadata={"help": "images per forward pass and worker"})
+    batch: int = field(default=250, metadata={"affects_result": False, "help": "images per forward pass and worker"})
     baselines: bool = field(
         default=False, metadata={"help": "also measure raw pixels and the teacher by the same protocol, once"}
     )
     raw_size: int = field(default=28, metadata={"help": "side in pixels at which the raw-pixel baseline is measured"})
-    figure_images: int = field(default=6, metadata={"help": "val images in the feature picture; 0 = no picture"})
+    figure_images: int = field(
+        default=6, metadata={"affects_result": False, "help": "val images in the feature picture; 0 = no picture"}
+    )

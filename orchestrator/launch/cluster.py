@@ -43,6 +43,8 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         else:
+            # Ray's default, said aloud: a cluster of one's own is closed to other users of this machine.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
             cpus = max(os.cpu_count() or 1, int(config.workers * config.cpus_per_worker + 0.999))
             ray.init(
                 address="local",

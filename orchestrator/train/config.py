@@ -45,15 +45,24 @@ class TrainConfig:
     epochs: int = field(default=1, metadata={"help": "passes over the train split"})
     global_batch: int = field(default=256, metadata={"help": "images per optimizer step over all workers"})
     micro_batch: int = field(
-        default=0, metadata={"help": "most images per forward pass and worker; 0 = a worker's whole share"}
+        default=0,
+        metadata={
+            "affects_result": False,
+            "help": "most images per forward pass and worker; 0 = a worker's whole share",
+        },
     )
     precision: str = field(
         default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"}
     )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the student"})
+    compile: bool = field(default=False, metadata={"affects_result": False, "help": "torch.compile the student"})
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
-    log_every: int = field(default=10, metadata={"help": "steps between two reads of losses from the device"})
-    threads: int = field(default=0, metadata={"help": "CPU threads per worker; 0 = the CPUs the worker was given"})
+    log_every: int = field(
+        default=10, metadata={"affects_result": False, "help": "steps between two reads of losses from the device"}
+    )
+    threads: int = field(
+        default=0,
+        metadata={"affects_result": False, "help": "CPU threads per worker; 0 = the CPUs the worker was given"},
+    )
     max_steps: int = field(default=0, metadata={"help": "stop after this many steps in all; 0 = train.epochs decides"})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={"help": "AdamW and its schedule"})
     guard: GuardConfig = field(default_factory=GuardConfig, metadata={"help": "non-finite and spike guard"})
