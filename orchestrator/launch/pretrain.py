@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
@@ -82,9 +83,28 @@ def _fit(
     )
     with _shown(board), _stop_signals(board):
         try:
-            return trainer.fit().return_value, None
+            return _beside(lambda: trainer.fit().return_value), None
         except TrainingFailedError as error:
             return None, error
+
+
+def _beside(call: Callable[[], Any]) -> Any:
+    """Runs `call` on another thread and waits for it.
+
+    In the main thread Ray Train would put its own handler in the place of ours, which ends a run without a checkpoint.
+    """
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    while not done.done():
+        wait([done], timeout=0.5)  # a wait without end would not let signal handlers run
+    return done.result()
 
 
 @contextlib.contextmanager
