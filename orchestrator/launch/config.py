@@ -26,4 +26,3 @@ class RunConfig:
     storage: str = field(
         default="", metadata={"help": "folder or URI that holds runs; empty = $ITPN_HOME/runs (~/itpn/runs)"}
     )
-    stop_deadline_s: float = field(default=45.0, metadata={"help": "time for the last checkpoint after a stop request"})

@@ -37,7 +37,6 @@ class TrackConfig:
     segment_mb: float = field(default=8.0, metadata={"help": "journal file size at which the next file is begun"})
     lag_every_s: float = field(default=30.0, metadata={"help": "seconds between records of tracking/lag_seconds"})
     system_every_s: float = field(default=15.0, metadata={"help": "seconds between system metrics; 0 turns them off"})
-    figures_every: int = field(default=0, metadata={"help": "steps between figures; 0: only at evaluations"})
     close_timeout_s: float = field(default=60.0, metadata={"help": "seconds that the end of a job waits for shipping"})
     registered_model: str = field(
         default="", metadata={"help": "name under which final weights are registered; empty: not registered"}

@@ -54,7 +54,6 @@ class TrainConfig:
     precision: str = field(
         default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"}
     )
-    compile: bool = field(default=False, metadata={"affects_result": False, "help": "torch.compile the student"})
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
     log_every: int = field(
         default=10, metadata={"affects_result": False, "help": "steps between two reads of losses from the device"}

@@ -62,7 +62,6 @@ class TrainState:
     """Steps whose update the guard refused."""
     first_loss: float | None = None
     last_loss: float | None = None
-    best_knn: float | None = None
     answers: dict[str, list[int]] = field(default_factory=dict)
     """Which queries were classified rightly, by what was measured (untrained, raw pixels, teacher, trained)."""
     quarantined: list[int] = field(default_factory=list)
@@ -106,5 +105,5 @@ class TrainState:
             setattr(self, name, snapshot.state[name])
 
     def _scalars(self) -> dict[str, Any]:
-        names = ("step", "skipped", "first_loss", "last_loss", "best_knn", "answers", "quarantined", "seconds")
+        names = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds")
         return {name: getattr(self, name) for name in names}

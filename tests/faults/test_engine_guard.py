@@ -1,0 +1,52 @@
+"""Bad numbers never reach the weights."""
+
+import pytest
+import torch
+
+from itpn_core.errors import UserError
+from orchestrator.train.engine import Engine
+from orchestrator.train.loop import train
+from orchestrator.train.step import Step
+from tests.support import LocalRun, tiny_config, write_shards
+
+BAD_STEP = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """One step whose gradients are not numbers; keeps the weights around it."""
+    seen = {}
+    real = Step._update
+
+    def update(self):
+        if self.state.step == BAD_STEP:
+            self._parameters[0].grad.fill_(float("nan"))
+            seen["before"] = [p.detach().clone() for p in self._parameters]
+            result = real(self)
+            seen["after"] = [p.detach().clone() for p in self._parameters]
+            return result
+        return real(self)
+
+    monkeypatch.setattr(Step, "_update", update)
+    return seen
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_weights(data, tmp_path, poisoned):
+    config = tiny_config(data, tmp_path)
+    with pytest.raises(UserError, match=r"not finite or spiked at step 3 .*skip_budget=0"):
+        train(config, LocalRun(config))
+    assert all(torch.equal(a, b) for a, b in zip(poisoned["before"], poisoned["after"], strict=True))
+
+
+def test_a_budget_lets_the_run_go_on_and_is_part_of_the_state(data, tmp_path, poisoned):
+    config = tiny_config(data, tmp_path, "train.guard.skip_budget=1")
+    outcome = train(config, LocalRun(config))
+    assert outcome.step == 8
+    with Engine(config, LocalRun(config)) as engine:
+        engine.restore()
+        assert engine.state.skipped == [BAD_STEP]
