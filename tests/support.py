@@ -45,7 +45,7 @@ TINY = [
     "model.drop_path_rate=0.2", "objective.kind=ema", "objective.pyramid_dim=16", "train.global_batch=16",
     "train.epochs=2", "train.log_every=3", "train.optimizer.lr=1e-3", "eval.bank=16", "eval.k=3", "eval.batch=8",
     "eval.every_epochs=0", "eval.raw_size=16", "data.streams=4", "data.run=4", "data.block_runs=2",
-    "objective.target_norm=auto", "cluster.device=cpu", "track.follow=false",
+    "objective.target_norm=auto", "objective.loss_tokens=masked", "cluster.device=cpu", "track.follow=false",
 ]  # fmt: skip
 
 
