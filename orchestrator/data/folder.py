@@ -6,17 +6,16 @@ and a bucket. Reading of training data, which needs retries and integrity checks
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore
 
 from orchestrator.data.errors import DataError
+from orchestrator.data.store import StoreConfig, open_client
 
 
 class StorageError(DataError):
@@ -27,17 +26,17 @@ class Folder:
     """Objects under one URI.
 
     Args:
-        uri: `/absolute/path`, `file:///path`, `s3://bucket/prefix`, `gs://…` or `az://…`. Credentials and, for
-            S3-compatible servers, `AWS_ENDPOINT_URL` come from the environment's standard chain.
-        timeout_s: limit of one request.
+        uri: `/absolute/path`, `file:///path`, `s3://bucket/prefix`, `gs://…` or `az://…`. Credentials come from the
+            environment's standard chain.
+        config: endpoint and time limits of an object store.
 
     Raises:
         StorageError: the URI cannot be understood or a local directory cannot be made.
     """
 
-    def __init__(self, uri: str, timeout_s: float = 60.0) -> None:
+    def __init__(self, uri: str, config: StoreConfig | None = None) -> None:
         self.uri = uri.rstrip("/")
-        self._store: Any = _open(self.uri, timeout_s)
+        self._store: Any = _open(self.uri, config or StoreConfig())
 
     def put(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> bool:
         """Writes one object atomically: a reader sees all of it or nothing.
@@ -126,18 +125,12 @@ class Folder:
         return base / key if key else base
 
 
-def _open(uri: str, timeout_s: float) -> Any:
+def _open(uri: str, config: StoreConfig) -> Any:
     parts = urlsplit(uri)
     try:
         if parts.scheme in ("", "file"):
             return LocalStore(Path(uri.removeprefix("file://")).expanduser(), mkdir=True)
-        # An endpoint override means a server of one's own (SeaweedFS, MinIO), which may speak plain http.
-        plain_http = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-        return from_url(
-            uri,
-            client_options={"timeout": timedelta(seconds=timeout_s), "allow_http": plain_http},
-            retry_config={"max_retries": 4, "retry_timeout": timedelta(seconds=2 * timeout_s)},
-        )
+        return open_client(uri, config)
     except (BaseError, OSError, ValueError) as error:
         raise StorageError(f"cannot open {uri!r}: {_short(error)}. Use a path, file://, s3://, gs:// or az://") from error
 

@@ -196,7 +196,7 @@ class RemoteStore:
         self.uri = uri
         self._config = config
         try:
-            self._store = _client(uri, config)
+            self._store = open_client(uri, config)
         except (obx.BaseError, ValueError) as error:
             raise StoreError(f"{uri}: the storage client refuses this address: {_first_line(error)}") from error
 
@@ -301,7 +301,8 @@ class _RemoteStream:
         self.close()
 
 
-def _client(uri: str, config: StoreConfig) -> obs.ObjectStore:
+def open_client(uri: str, config: StoreConfig) -> obs.ObjectStore:
+    """An obstore client with our time limits, retries and endpoint; raises obstore's own errors."""
     client: dict[str, Any] = {
         "connect_timeout": timedelta(seconds=config.connect_seconds),
         "read_timeout": timedelta(seconds=config.read_seconds),

@@ -36,7 +36,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> int:
     fields = result_fields(config, manifest.fingerprint)
     name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
     config = replace(config, run=replace(config.run, name=name))
-    folder = Folder(f"{config.run.storage}/{name}")
+    folder = Folder(f"{config.run.storage}/{name}", config.data.store)
     record = open_record(folder, fields, name)
     if record.finished:
         print(f"run {name} is finished already; nothing to do. A new run needs another run.name or other settings.")

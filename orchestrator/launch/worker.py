@@ -46,7 +46,7 @@ class RayContext:
         self.rank: int = context.get_world_rank()
         self.world: int = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self.folder = Folder(assignment.folder_uri)
+        self.folder = Folder(assignment.folder_uri, assignment.config.data.store)
         self.directory = local_directory(self.folder, assignment.run_uid)
         self.run_uid = assignment.run_uid
         self.attempt = assignment.attempt
