@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import re
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -108,9 +109,30 @@ def open_client(config: TrackConfig) -> Any:
             return MlflowClient(config.uri, registry_uri=config.uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_suffix(path.suffix + ".lock")):
+            if not path.exists():
+                _create_sqlite(path)
             client = MlflowClient(config.uri, registry_uri=config.uri)
             client.search_experiments(max_results=1)
         return client
+
+
+def _create_sqlite(path: Path) -> None:
+    """Set up a new sqlite file under another name, then rename it.
+
+    MLflow runs some seventy migrations on first use, and sqlite commits their tables one by one: a process killed in
+    between leaves a file that MLflow can neither use nor repair.
+    """
+    from mlflow import MlflowClient
+
+    new = path.with_name(f"{path.name}.new-{uuid.uuid4().hex[:8]}")
+    for left in path.parent.glob(f"{path.name}.new-*"):  # of set-ups that were killed; we hold the lock
+        left.unlink()
+    try:
+        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # `mlflow ui` takes no lock of ours and may have come first
+            os.link(new, path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

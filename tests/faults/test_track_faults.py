@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,23 @@ def test_host_destroyed_with_its_disk(server, tmp_path):
     assert {key for key in points if key[0].startswith("train/")} <= held.keys()
     assert {step for name, step in held if name == "train/loss"} == set(range(400))
     assert run.info.status == "FINISHED"
+
+
+def test_killed_while_a_new_database_is_set_up(tmp_path):
+    """SIGKILL amid MLflow's first migrations leaves no half-made database for a later run to trip over."""
+    database = tmp_path / "runs" / "mlflow.db"
+    database.parent.mkdir()
+    uri = f"sqlite:///{database}"
+    run = tmp_path / "runs" / "first"
+    first = Trainer(run, uri, "uid-of-a-new-database", last=300, pause=0.1)
+    deadline = time.monotonic() + 60
+    while not any(left.stat().st_size > 40_000 for left in database.parent.glob("mlflow.db.new-*[!l]")):
+        assert time.monotonic() < deadline
+        assert not database.exists()
+        time.sleep(0.001)
+    first.kill()
+    assert not database.exists()
+    said = Trainer(run, uri, "uid-of-a-new-database", attempt=2, last=300).end()
+    assert "every record is in MLflow" in said
+    assert not list(database.parent.glob("mlflow.db.new-*"))
+    assert_every_event_once(run, uri, "uid-of-a-new-database")
