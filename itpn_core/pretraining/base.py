@@ -1,25 +1,19 @@
 """What all pre-training tasks share: student, teacher, mask and loss behind one interface that the engine calls.
 
-    targets = task.targets(images)                 # no gradient
-    output = task(images, targets, keys)           # per-sample losses
-    output.loss_B.sum() / global_batch -> backward, optimizer step
-    task.ema_update(progress)                      # moves the moving-average teacher, if there is one
-
-Images are float in [0, 1]; the task normalises them for the student and the teacher. Every random choice (mask,
-stochastic depth) derives from `keys_B`. Each sample masks the same number of patches, so losses and gradients add up
-exactly over ranks and micro-batches.
+The interface itself is `itpn_core.task.Task`. Images are float in [0, 1]; the task normalises them for the student and
+the teacher. Every random choice (mask, stochastic depth) derives from `keys_B`. Each sample masks the same number of
+patches, so losses and gradients add up exactly over ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from itpn_core.errors import WeightsError
 from itpn_core.evaluation.features import feature_std, rankme
 from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig
@@ -28,23 +22,12 @@ from itpn_core.pretraining.masking import PUBLISHED_RATIO, block_mask, mask_coun
 from itpn_core.pretraining.targets import map_of, plain_layer_norm
 from itpn_core.pretraining.teachers import ImageNorm, Teacher, at_least_float32
 from itpn_core.reduction.model import Reducible
+from itpn_core.task import Examples, Task
 
 PIXEL_MASK_RATIO = 0.75
 
 
-class TaskOutput(NamedTuple):
-    """What one forward pass returns; each entry is a mean over one sample's own tokens.
-
-    Attributes:
-        loss_B: [B], float32 or float64.
-        parts: named [B] tensors without gradient, for the record (not all of them are summands of the loss).
-    """
-
-    loss_B: Tensor  # noqa: N815
-    parts: dict[str, Tensor]
-
-
-class PretrainTask(nn.Module):
+class PretrainTask(Task):
     """What all objectives share: the student, the mask, image normalisation, frozen features, state.
 
     Args:
@@ -55,10 +38,11 @@ class PretrainTask(nn.Module):
     """
 
     def __init__(self, model: ModelConfig, config: ObjectiveConfig, student: Any, teacher: Teacher | None) -> None:
-        super().__init__()
+        super().__init__(student)
         self.model_config = model
         self.config = config
-        self.student = student
+        self.title = f"the {config.kind} objective"
+        self.watched = config.kind == "ema"
         self.normalise = ImageNorm(config.mean, config.std)
         # In a tuple, so that torch does not register it: a frozen teacher must not reach the optimizer, DDP or the
         # checkpoints. `_apply` below keeps it on the student's device.
@@ -95,27 +79,14 @@ class PretrainTask(nn.Module):
     def targets(self, images_B3HW: Tensor) -> Any:
         """Targets of a batch, without gradient; passed on to `forward` unseen."""
 
-    @abstractmethod
-    def forward(self, images_B3HW: Tensor, targets: Any, keys_B: Tensor) -> TaskOutput:
-        """Per-sample losses.
-
-        Args:
-            images_B3HW: float in [0, 1].
-            targets: from `targets` of the same images.
-            keys_B: int64 [B], one key per sample and epoch.
-        """
+    @torch.no_grad()
+    def prepare(self, examples: Examples) -> tuple[Tensor, Any]:
+        """The images as they are, and their targets; labels are not looked at."""
+        return examples.images, self.targets(examples.images)
 
     @abstractmethod
     def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
         """Target and prediction as maps [B, C, h, w]."""
-
-    def ema_update(self, progress: float) -> None:
-        """Moves the moving-average teacher one step; nothing to do for other objectives.
-
-        Args:
-            progress: share of the run that is done, 0..1.
-        """
-        del progress
 
     # --- target statistics ---
 
@@ -201,7 +172,7 @@ class PretrainTask(nn.Module):
 
     def persistent_state(self) -> dict[str, Tensor]:
         """All that must survive a restart, by name: weights, moving averages, statistics, guard."""
-        state = dict(self.state_dict())
+        state = super().persistent_state()
         for kind, values in self.guard.state().items():
             state |= {f"guard/{kind}/{k}": torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
         return state
@@ -216,8 +187,5 @@ class PretrainTask(nn.Module):
         for name in [k for k in state if k.startswith("guard/")]:
             _, kind, level = name.split("/", 2)
             guard[kind][level] = state[name].item()
-        try:
-            self.load_state_dict({k: v for k, v in state.items() if not k.startswith("guard/")})
-        except RuntimeError as error:
-            raise WeightsError(f"The saved state does not fit the {self.config.kind} objective: {error}") from error
+        super().load_persistent_state({k: v for k, v in state.items() if not k.startswith("guard/")})
         self.guard.load(guard)

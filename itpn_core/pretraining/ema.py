@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.fast_student import FastStudent
 from itpn_core.models.layers import layer_norm
-from itpn_core.pretraining.base import PretrainTask, TaskOutput
+from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import map_of, plain_layer_norm, smooth_l1
 from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
 from itpn_core.random import derive
+from itpn_core.task import TaskOutput
 
 LEVELS = ("p16", "p8", "p4")
 

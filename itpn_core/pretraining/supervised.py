@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.pixel_student import patch_pixels
-from itpn_core.pretraining.base import PretrainTask, TaskOutput
+from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import (
     ChannelStatistics,
@@ -24,6 +24,7 @@ from itpn_core.pretraining.targets import (
 )
 from itpn_core.pretraining.teachers import Teacher, at_least_float32
 from itpn_core.random import derive
+from itpn_core.task import TaskOutput
 
 
 class TeacherTask(PretrainTask):

@@ -7,11 +7,12 @@ from itpn_core.models.clip_student import ClipStudent
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.fast_student import FastStudent
 from itpn_core.models.pixel_student import PixelStudent
-from itpn_core.pretraining.base import PretrainTask, TaskOutput
+from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig, check_objective
 from itpn_core.pretraining.ema import EmaTask
 from itpn_core.pretraining.supervised import ClipTask, FastTask, PixelTask
 from itpn_core.pretraining.teachers import Grid, Teacher, TimmTeacher, check_grid
+from itpn_core.task import TaskOutput
 
 __all__ = ["FAMILY_OF", "PretrainTask", "TaskOutput", "build_task"]
 

@@ -1,4 +1,4 @@
-"""The configuration of a pre-training run: the tree of configs mirrors the tree of objects."""
+"""The configurations of the jobs: the tree of configs mirrors the tree of objects."""
 
 from __future__ import annotations
 
@@ -33,3 +33,7 @@ class PretrainConfig:
         default_factory=ClusterConfig, metadata={"help": "workers and devices", "affects_result": False}
     )
     run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
+
+
+JobConfig = PretrainConfig
+"""What the training engine and its driver can run."""

@@ -130,7 +130,7 @@ class Evaluator:
             f"cosine k-NN, k={self._config.eval.k}, similarity-weighted vote,"
             f" bank {self._config.eval.bank} of {self._train.samples} train images, {queries} val queries"
         )
-        return {"knn": knn, "differences": differences, "protocol": protocol}
+        return {"scores": knn, "differences": differences, "protocol": protocol}
 
 
 def _raw(centred: bool) -> Extract:

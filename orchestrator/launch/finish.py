@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
@@ -18,7 +18,7 @@ from orchestrator.track.redact import secret_values
 MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
 
 
-def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state: str, reason: str) -> None:
+def record_end(config: JobConfig, folder: Folder, record: RunRecord, state: str, reason: str) -> None:
     """Tells the tracking server how the run ended; says where the backlog is when the server does not answer."""
     recorder = Recorder(
         config.track,
@@ -41,7 +41,7 @@ def record_end(config: PretrainConfig, folder: Folder, record: RunRecord, state:
         print(f"warning: {backlog}")
 
 
-def end_table(config: PretrainConfig, folder: Folder, outcome: dict[str, Any]) -> str:
+def end_table(config: JobConfig, folder: Folder, outcome: dict[str, Any]) -> str:
     """What a run achieved, in about ten lines."""
     rows = [
         ("run", config.run.name),
@@ -54,7 +54,7 @@ def end_table(config: PretrainConfig, folder: Folder, outcome: dict[str, Any]) -
         ("loss", f"{outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}"),
         ("images/s", f"{outcome['images_per_second']:.0f}"),
     ]
-    rows += [(name, _accuracy(*value)) for name, value in outcome["knn"].items()]
+    rows += [(name, _accuracy(*value)) for name, value in outcome["scores"].items()]
     rows += [("difference", line) for line in outcome["differences"]]
     rows.append(("protocol", outcome["protocol"]))
     rows.append(("see it", "make ui"))

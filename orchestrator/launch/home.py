@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.track.config import resolve as resolve_tracking
 
 
@@ -19,7 +19,7 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("ITPN_HOME", "~/itpn")).expanduser().absolute()
 
 
-def resolve(config: PretrainConfig, environment: Mapping[str, str] = os.environ) -> PretrainConfig:
+def resolve(config: JobConfig, environment: Mapping[str, str] = os.environ) -> JobConfig:
     """The same configuration with every place absolute, so that it means the same on every host.
 
     Empty places are below `$ITPN_HOME`, relative ones below the working directory; environment variables are read here

@@ -1,4 +1,4 @@
-"""The driver of a pre-training run: checks first, then Ray Train, then the end table."""
+"""The driver of a training run: checks first, then Ray Train, then the end table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import open_board, watch
 from orchestrator.launch.check import check
@@ -29,8 +29,8 @@ from orchestrator.launch.worker import Assignment, train_worker
 from orchestrator.track.environment import driver_facts
 
 
-def pretrain(config: PretrainConfig, recipe: str) -> int:
-    """Runs one pre-training; returns the exit code (0 finished or stopped on request, 1 failed, 2 wrong settings)."""
+def pretrain(config: JobConfig, recipe: str) -> int:
+    """Runs one training; returns the exit code (0 finished or stopped on request, 1 failed, 2 wrong settings)."""
     started = time.monotonic()
     manifest = check(config)
     fields = result_fields(config, manifest.fingerprint)
@@ -62,7 +62,7 @@ def pretrain(config: PretrainConfig, recipe: str) -> int:
 
 
 def _fit(
-    config: PretrainConfig, resources: Resources, folder: Folder, record: RunRecord, facts: dict[str, str]
+    config: JobConfig, resources: Resources, folder: Folder, record: RunRecord, facts: dict[str, str]
 ) -> tuple[dict[str, Any] | None, TrainingFailedError | None]:
     board = open_board()
     assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts)
@@ -142,7 +142,7 @@ def _stop_signals(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _failed(config: PretrainConfig, folder: Folder, record: RunRecord, error: TrainingFailedError | None) -> int:
+def _failed(config: JobConfig, folder: Folder, record: RunRecord, error: TrainingFailedError | None) -> int:
     cause = root_cause(error)
     key = f"failures/attempt-{record.attempts:04d}.txt"
     folder.put(key, str(error).encode())
@@ -152,7 +152,7 @@ def _failed(config: PretrainConfig, folder: Folder, record: RunRecord, error: Tr
     return EXIT_FAILED
 
 
-def _ended(config: PretrainConfig, folder: Folder, record: RunRecord, outcome: dict[str, Any]) -> int:
+def _ended(config: JobConfig, folder: Folder, record: RunRecord, outcome: dict[str, Any]) -> int:
     if outcome["stopped"]:
         record_end(config, folder, record, "stopped", outcome["stopped"])
         print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume.")

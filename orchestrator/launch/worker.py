@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint
 
 from itpn_core.errors import UserError
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import DataError
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import BoardClient, Progress
@@ -28,7 +28,7 @@ from orchestrator.train.loop import train
 class Assignment:
     """What the driver sends to every worker."""
 
-    config: PretrainConfig
+    config: JobConfig
     folder_uri: str
     run_uid: str
     attempt: int

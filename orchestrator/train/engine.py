@@ -7,25 +7,23 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from itpn_core.errors import CollapseError, UserError
-from itpn_core.pretraining.tasks import build_task
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import TrainView
-from orchestrator.evaluate.knn import Evaluator
-from orchestrator.evaluate.picture import Watched
 from orchestrator.train.context import RunContext
+from orchestrator.train.kind import Kind, open_kind
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
 from orchestrator.train.records import RunRecords
 from orchestrator.train.state import TrainState, WeightAverage
-from orchestrator.train.statistics import fit_statistics
 from orchestrator.train.step import Step
 from orchestrator.train.window import Window
 
@@ -43,8 +41,8 @@ class Outcome:
     first_loss: float
     last_loss: float
     images_per_second: float
-    knn: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Top-1 and its standard error by what was measured."""
+    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Accuracy and its standard error by what was measured."""
     differences: list[str] = field(default_factory=list)
     protocol: str = ""
 
@@ -52,7 +50,7 @@ class Outcome:
 class Engine:
     """One rank of one run; used as a context manager so that threads and loaders end with it."""
 
-    def __init__(self, config: PretrainConfig, run: RunContext) -> None:
+    def __init__(self, config: JobConfig, run: RunContext) -> None:
         self.config = config
         self.run = run
         self._exit = ExitStack()
@@ -61,14 +59,13 @@ class Engine:
         self.order = training_order(config, self.train_split.samples)
         self.steps_per_epoch = self.order.batches_per_epoch(config.train.global_batch)
         self.total = config.train.max_steps or config.train.epochs * self.steps_per_epoch
-        self.state = build_state(config, run.device)
+        self.kind = open_kind(config, run, manifest)
+        self.state = build_state(config, self.kind, run.device)
         self.peak_lr = peak_lr(config.train.optimizer, config.train.global_batch)
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
-        self.records = RunRecords(config, run, manifest)
-        self.evaluator = Evaluator(config, run, manifest)
-        self.watched = Watched(config, manifest, run.device)
+        self.records = RunRecords(config, run, manifest, self.kind)
         self._collapsed = ""
         self._loader: Loader | None = None
         self._evaluated = -1
@@ -89,13 +86,14 @@ class Engine:
     # -- start ------------------------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Loads the newest whole checkpoint, or computes the target statistics of a fresh run."""
+        """Loads the newest whole checkpoint, or does what a fresh run begins with."""
         snapshot = self.checkpoints.load_newest()
         if snapshot is not None:
             self.state.restore(snapshot)
             self.run.note(f"resumed from the checkpoint of step {self.state.step} of {self.total}")
         else:
-            fit_statistics(self.state.task, self.config, self.train_split, self.run)
+            self.kind.start(self.state.task)
+            self.state.average.restart()
         self.step_fn = Step(
             self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
         )
@@ -179,12 +177,12 @@ class Engine:
         return (reason or "stop requested") if stop else "", save
 
     def _collapse(self) -> bool:
-        """Whether the moving-average objective has lost the spread of its features; rank 0 looks every 25 steps."""
+        """Whether a task that is watched has lost the spread of its features; rank 0 looks every 25 steps."""
         state = self.state
-        if self.config.objective.kind != "ema" or state.step // 25 == self._watched_step // 25:
+        if not state.task.watched or state.step // 25 == self._watched_step // 25:
             return False
         self._watched_step = state.step
-        health = self.watched.health(state.task)
+        health = self.kind.health(state.task)
         self.records.health(state.step, health)
         try:
             state.task.watch(state.step, health)
@@ -275,14 +273,14 @@ class Engine:
         return step == 0 or step >= self.total or (every > 0 and at_epoch and self.epoch % every == 0)
 
     def evaluate(self) -> None:
-        """k-NN of the averaged (or live) weights on all ranks; records it and reports to the launcher."""
+        """Measures the averaged (or live) weights on all ranks; records it and reports to the launcher."""
         self.run.progress("evaluating", step=self.state.step, total=self.total)
         state = self.state
         state.average.swap()
         try:
-            metrics = self.evaluator(state.task, state.step, state.answers)
+            metrics = self.kind.evaluate(state.task, state.step, state.answers)
             if self.run.rank == 0:
-                self.records.figure(self.watched.figure(state.task, state.step, self.run.directory))
+                self.records.figures(self.kind.figures(state.task, state.step))
         finally:
             state.average.swap()
         self._evaluated = state.step
@@ -313,20 +311,20 @@ class Engine:
             first_loss=state.first_loss if state.first_loss is not None else float("nan"),
             last_loss=state.last_loss if state.last_loss is not None else float("nan"),
             images_per_second=state.step * self.config.train.global_batch / max(state.seconds, 1e-9),
-            **self.evaluator.summary(state.answers),
+            **self.kind.summary(state.answers),
         )
 
 
-def training_order(config: PretrainConfig, samples: int) -> SampleOrder:
+def training_order(config: JobConfig, samples: int) -> SampleOrder:
     """The order of samples that a configuration stands for."""
     data = config.data
     return SampleOrder(samples, config.train.seed, data.streams, data.run, data.block_runs, data.last_batch)
 
 
-def build_state(config: PretrainConfig, device: torch.device) -> TrainState:
+def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> TrainState:
     """A fresh training state; equal on every rank because the seed is."""
     torch.manual_seed(config.train.seed)
-    task = build_task(config.model, config.objective).to(device)
+    task = kind.build_task().to(device)
     if config.train.precision == "fp64":
         task = task.double()
     task.train()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.train.context import RunContext
 from orchestrator.train.engine import Engine, Outcome
 
 
-def train(config: PretrainConfig, run: RunContext) -> Outcome:
+def train(config: JobConfig, run: RunContext) -> Outcome:
     """Trains from the newest checkpoint, or from the start, to the end of the run or a stop request.
 
     Every rank calls it with equal arguments.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from orchestrator.config.load import to_yaml
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.track.describe import model_card, run_description
 from orchestrator.track.environment import environment_text
@@ -22,9 +22,8 @@ from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
 from orchestrator.track.system import SystemSampler
 from orchestrator.train.context import RunContext
+from orchestrator.train.kind import Kind
 from orchestrator.train.state import TrainState
-
-WEIGHTS = "backbone.safetensors"
 
 
 class RunRecords:
@@ -34,12 +33,14 @@ class RunRecords:
         config: resolved configuration.
         run: surroundings of this rank.
         manifest: the data that is used.
+        kind: what is trained.
     """
 
-    def __init__(self, config: PretrainConfig, run: RunContext, manifest: Manifest) -> None:
+    def __init__(self, config: JobConfig, run: RunContext, manifest: Manifest, kind: Kind[Any]) -> None:
         self._config = config
         self._run = run
         self._manifest = manifest
+        self._kind = kind
         self._recorder: Recorder | None = None
         self._sampler: SystemSampler | None = None
         self._evaluation: dict[str, float] = {}
@@ -102,9 +103,8 @@ class RunRecords:
 
     def _description(self, parameters: int, total: int) -> str:
         config = self._config
-        model, objective, train = config.model, config.objective, config.train
+        model, train = config.model, config.train
         splits = [self._manifest.split(name) for name in (config.data.train_split, config.data.val_split)]
-        teacher = objective.teacher.model if objective.kind in ("fast", "clip") else "its own moving average"
         return run_description(
             purpose=config.track.description,
             recipe=self._run.facts.get("recipe", "none"),
@@ -112,7 +112,7 @@ class RunRecords:
                 f"{model.family}, width {model.embed_dim}, depths {'-'.join(map(str, model.depths))}, "
                 f"{model.img_size} px, patch {model.patch_size}, {parameters / 1e6:.1f} M parameters in the student"
             ),
-            objective="pixels" if objective.kind == "pixel" else f"{objective.kind}: features of {teacher}",
+            objective=self._kind.objective(),
             data=", ".join(f"{split.name} {split.samples:,}" for split in splits) + f" images of {config.data.source}",
             length=f"{train.epochs} epochs, {total:,} steps of {train.global_batch} images",
             run_directory=self._run.folder.uri,
@@ -152,10 +152,11 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.metrics(step, {f"health/{name}": value for name, value in health.items()})
 
-    def figure(self, path: Path | None) -> None:
-        """Keeps a picture with the run."""
-        if self._recorder is not None and path is not None:
-            self._recorder.artifact(path, "figures")
+    def figures(self, paths: list[Path]) -> None:
+        """Keeps pictures and tables with the run."""
+        if self._recorder is not None:
+            for path in paths:
+                self._recorder.artifact(path, "figures")
 
     def state(self, name: str, reason: str) -> None:
         """Records the lifecycle state that the driver will confirm."""
@@ -163,20 +164,21 @@ class RunRecords:
             self._recorder.tags({"run.state": name, "run.reason": reason})
 
     def final(self, state: TrainState) -> None:
-        """Exports the averaged (or live) backbone weights and keeps them with the run."""
+        """Exports the averaged (or live) weights and keeps them with the run."""
         if self._recorder is None:
             return
-        path = self._run.directory / "final" / WEIGHTS
-        path.parent.mkdir(parents=True, exist_ok=True)
         state.average.swap()
         try:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in state.task.student.export_backbone_state().items()}
+            file, kept = self._kind.weights(state.task)
+            tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
         finally:
             state.average.swap()
+        path = self._run.directory / "final" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
         model: dict[str, Any] = asdict(self._config.model)
         save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(state.step)})
         if self._run.folder.local_path() is None:
-            self._run.folder.put(f"final/{WEIGHTS}", path)
+            self._run.folder.put(f"final/{file}", path)
         self._recorder.artifact(path, "weights")
         if self._config.track.registered_model:
             self._register(path, model, state.step)

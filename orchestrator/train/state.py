@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itpn_core.pretraining.base import PretrainTask
+from itpn_core.task import Task
 from orchestrator.checkpoint.store import CheckpointError, Snapshot
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
 
@@ -26,6 +26,12 @@ class WeightAverage:
         self.decay = decay
         self._live = dict(parameters) if decay else {}
         self.tensors = {name: p.detach().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begins again at the live weights."""
+        for name, average in self.tensors.items():
+            average.copy_(self._live[name])
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -52,8 +58,8 @@ class TrainState:
     (seed, epoch, sample id); so neither generators nor loaders are saved.
     """
 
-    task: PretrainTask
-    """Student, moving-average teacher and target statistics."""
+    task: Task
+    """Student and what else it keeps: moving-average teacher, target statistics."""
     optimizer: torch.optim.AdamW
     average: WeightAverage
     step: int = 0

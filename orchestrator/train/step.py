@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn_core.random import stream_keys
+from itpn_core.task import Examples
 from orchestrator.data.config import DataConfig
 from orchestrator.data.device import augment
 from orchestrator.data.loader import Batch
@@ -99,21 +100,26 @@ class Step:
         return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _forward_backward(self, batch: Batch, part: slice, global_count: int) -> dict[str, Tensor]:
-        images_u8, ids_B, weight_B = (
-            t[part].to(self._device, non_blocking=True) for t in (batch.images, batch.ids, batch.valid)
-        )
-        images_B3HW = augment(images_u8, ids_B, self._config.seed, batch.epoch, self._data.augment)
-        if self._config.precision == "fp64":
-            images_B3HW = images_B3HW.double()
-        keys_B = stream_keys(self._config.seed, batch.epoch, ids_B, "objective")
+        examples = self._examples(batch, part)
+        weight_B = examples.valid
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
-            targets = self.state.task.targets(images_B3HW)
-            output = self._model(images_B3HW, targets, keys_B)
+            images_B3HW, targets = self.state.task.prepare(examples)
+            output = self._model(images_B3HW, targets, examples.keys)
         losses = {"loss": output.loss_B, **output.parts}
         # `where`, not a product: a hole's loss may be anything, also not a number.
         kept = {name: torch.where(weight_B, value_B, 0) for name, value_B in losses.items()}
         torch.autograd.backward(kept["loss"].sum() * (self._world / global_count))
         return {name: value_B.detach().sum() / global_count for name, value_B in kept.items()}
+
+    def _examples(self, batch: Batch, part: slice) -> Examples:
+        """Samples of a part, on the device and augmented."""
+        images_u8, ids_B, labels_B, valid_B = (
+            t[part].to(self._device, non_blocking=True) for t in (batch.images, batch.ids, batch.labels, batch.valid)
+        )
+        images_B3HW = augment(images_u8, ids_B, self._config.seed, batch.epoch, self._data.augment)
+        if self._config.precision == "fp64":
+            images_B3HW = images_B3HW.double()
+        return Examples(images_B3HW, labels_B, valid_B, stream_keys(self._config.seed, batch.epoch, ids_B, "objective"))
 
     def _update(self) -> tuple[Tensor, Tensor]:
         limit = self._config.optimizer.clip_grad_norm or float("inf")

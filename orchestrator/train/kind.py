@@ -1,0 +1,67 @@
+"""What one kind of training does in its own way; everything else is the engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from itpn_core.task import Task
+from orchestrator.config.tree import JobConfig
+from orchestrator.data.manifest import Manifest
+from orchestrator.train.context import RunContext
+
+T = TypeVar("T", bound=Task)
+
+
+class Weights(NamedTuple):
+    """What a finished run leaves for others."""
+
+    file: str
+    """File name under `final/`."""
+    tensors: dict[str, Tensor]
+
+
+class Kind(Protocol[T]):
+    """One kind of training, on one rank."""
+
+    def build_task(self) -> T:
+        """A fresh task; weights are drawn from torch's default generator."""
+
+    def start(self, task: T) -> None:
+        """What a new run does before its first step; a resumed run does not. Every rank calls it."""
+
+    def evaluate(self, task: T, step: int, known: dict[str, list[int]]) -> dict[str, float]:
+        """Measures on held-out images. Collective.
+
+        Args:
+            task: what is trained.
+            step: optimizer steps done.
+            known: which samples were answered rightly (indices), by what was measured; filled here.
+
+        Returns:
+            Metrics by name, equal on every rank.
+        """
+
+    def figures(self, task: T, step: int) -> list[Path]:
+        """Pictures and tables of the evaluation just done, in files. Called on rank 0."""
+
+    def health(self, task: T) -> dict[str, float]:
+        """Spread and rank of the features, for a task that is `watched`. Called on rank 0."""
+
+    def summary(self, known: dict[str, list[int]]) -> dict[str, Any]:
+        """For the end table: "scores" (value and standard error by name), "differences" and "protocol" in words."""
+
+    def objective(self) -> str:
+        """What is trained for, in a few words."""
+
+    def weights(self, task: T) -> Weights:
+        """What others will want of the task's weights, under official names."""
+
+
+def open_kind(config: JobConfig, run: RunContext, manifest: Manifest) -> Kind[Any]:
+    """The kind of training that a configuration is for."""
+    from orchestrator.train.pretraining import Pretraining
+
+    return Pretraining(config, run, manifest)
