@@ -85,8 +85,13 @@ class PretrainTask(Task):
         return examples.images, self.targets(examples.images)
 
     @abstractmethod
-    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Target and prediction as maps [B, C, h, w]."""
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+        """Maps [B, C, h, w] for `figure`: targets and predictions, and features of single pyramid levels."""
+
+    def _pair(self, images_B3HW: Tensor, prediction_BNT: Tensor) -> dict[str, Tensor]:
+        """Maps of an objective with one target per patch."""
+        grid = self.student.grid
+        return {"teacher": map_of(self.targets(images_B3HW), grid), "student": map_of(prediction_BNT, grid)}
 
     # --- target statistics ---
 
@@ -157,16 +162,18 @@ class PretrainTask(Task):
         """Tensors for a picture: what went in, what was hidden, what was asked and what was answered.
 
         Returns:
-            "input" [B, 3, H, W] in [0, 1], "mask" float [B, 1, h, w], "teacher" and "student" float32 [B, C, h, w].
+            "input" [B, 3, H, W] in [0, 1], "mask" float [B, 1, h, w], then float32 maps [B, C, h, w]: "teacher" and
+            "student" (target and prediction), or one pair per pyramid level as "teacher/p8", "student/p8"; a
+            "student/…" without its teacher shows the student's own features of that level.
         """
         mode = self.training
         self.train(False)
         mask_BN = self.mask(keys_B)
         with torch.no_grad():
-            teacher, student = self.picture(images_B3HW, mask_BN)
+            maps = self.picture(images_B3HW, mask_BN)
         self.train(mode)
         mask = map_of(mask_BN.unsqueeze(2).float(), self.student.grid)
-        return {"input": images_B3HW, "mask": mask, "teacher": teacher.float(), "student": student.float()}
+        return {"input": images_B3HW, "mask": mask} | {name: value.float() for name, value in maps.items()}
 
     # --- state ---
 

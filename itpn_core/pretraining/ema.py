@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.fast_student import FastStudent
 from itpn_core.models.layers import layer_norm
+from itpn_core.models.layout import to_map
 from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig
-from itpn_core.pretraining.targets import map_of, plain_layer_norm, smooth_l1
+from itpn_core.pretraining.targets import plain_layer_norm, smooth_l1
 from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
 from itpn_core.random import derive
 from itpn_core.task import TaskOutput
@@ -97,9 +98,12 @@ class EmaTask(PretrainTask):
         self.train(mode)
         return {name: at_least_float32(level).flatten(1, 2) for name, level in zip(LEVELS, levels, strict=True)}
 
-    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Target of the coarsest level and its prediction from the masked image."""
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+        """Targets of every level and their predictions from the masked image."""
         _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN)
-        target = self.targets(images_B3HW)[0].flatten(1, 2)
-        prediction = self.predictors[0](levels[0]).flatten(1, 2)
-        return map_of(target, self.student.grid), map_of(prediction, self.student.grid)
+        predictions = [predict(level) for predict, level in zip(self.predictors, levels, strict=True)]
+        grid = self.student.grid
+        targets = zip(LEVELS, self.targets(images_B3HW), strict=True)
+        return {f"teacher/{name}": to_map(target, grid) for name, target in targets} | {
+            f"student/{name}": to_map(prediction, grid) for name, prediction in zip(LEVELS, predictions, strict=True)
+        }

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from itpn_core.models.config import ModelConfig
+from itpn_core.models.layout import to_map
 from itpn_core.models.pixel_student import patch_pixels
+from itpn_core.models.pyramid import Levels
 from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import (
     ChannelStatistics,
     cosine_loss,
-    map_of,
     masked_mse,
     normalised_pixels,
     plain_layer_norm,
@@ -92,6 +93,10 @@ class TeacherTask(PretrainTask):
             return (tokens_BNT - self.target_mean) / self.target_std
         return plain_layer_norm(tokens_BNT) if self.target_norm == "layer" else tokens_BNT
 
+    def _fine(self, levels: Levels) -> dict[str, Tensor]:
+        """Maps of the pyramid levels that are finer than the teacher's tokens."""
+        return {f"student/{name}": to_map(getattr(levels, name), self.student.grid) for name in ("p8", "p4")}
+
 
 class FastTask(TeacherTask):
     """Fast-iTPN: minus the mean cosine between predicted and teacher tokens, over masked patches.
@@ -111,10 +116,10 @@ class FastTask(TeacherTask):
         all_B = cosine_loss(prediction_BNT, targets, torch.ones_like(mask_BN), mask_BN.shape[1])
         return TaskOutput(all_B, {"loss_masked": masked_B.detach()})
 
-    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher tokens and the student's prediction from the masked image."""
-        prediction_BNT = self.student(self.normalise(images_B3HW), mask_BN)
-        return map_of(self.targets(images_B3HW), self.student.grid), map_of(prediction_BNT, self.student.grid)
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
+        """Teacher tokens, the student's prediction from the masked image, and its finer pyramid levels."""
+        _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN)
+        return self._pair(images_B3HW, self.student.head(levels)) | self._fine(levels)
 
 
 class ClipTask(TeacherTask):
@@ -127,10 +132,10 @@ class ClipTask(TeacherTask):
         parts = {"loss_pyramid": pyramid_B.detach(), "loss_auxiliary": auxiliary_B.detach()}
         return TaskOutput(pyramid_B + auxiliary_B, parts)
 
-    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
         """Teacher tokens and the pyramid head's prediction."""
         prediction_BNT, _ = self.student(self.normalise(images_B3HW), mask_BN)
-        return map_of(self.targets(images_B3HW), self.student.grid), map_of(prediction_BNT, self.student.grid)
+        return self._pair(images_B3HW, prediction_BNT)
 
 
 class PixelTask(PretrainTask):
@@ -149,7 +154,7 @@ class PixelTask(PretrainTask):
         loss_B = masked_mse(at_least_float32(prediction_BND), targets, mask_BN, self.mask_count)
         return TaskOutput(loss_B, {})
 
-    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> tuple[Tensor, Tensor]:
+    def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
         """Normalised pixels and their prediction."""
         prediction_BND = self.student(self.normalise(images_B3HW), mask_BN, masked=self.mask_count)
-        return map_of(self.targets(images_B3HW), self.student.grid), map_of(prediction_BND, self.student.grid)
+        return self._pair(images_B3HW, prediction_BND)

@@ -71,11 +71,15 @@ class ColourBasis:
         return np.clip((projected - self.low) / (self.high - self.low), 0, 1).astype(np.float32)
 
 
-def _columns(parts: Mapping[str, Tensor]) -> list[tuple[str, str, Tensor | None]]:
-    """Pairs of teacher and student maps by level: (level, teacher key, student map)."""
+def _level(key: str) -> str:
+    return key.partition("/")[2]
+
+
+def _columns(parts: Mapping[str, Tensor]) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Pairs of teacher and student maps by level: (level, teacher map, student map)."""
     return [
-        (key.removeprefix("teacher").strip("/@ "), key, parts.get(key.replace("teacher", "student", 1)))
-        for key in parts
+        (_level(key), value, parts.get(key.replace("teacher", "student", 1)))
+        for key, value in parts.items()
         if key.startswith("teacher")
     ]
 
@@ -93,7 +97,7 @@ def feature_figure(
     Args:
         path: PNG to write; its folder is created.
         parts: what `PretrainTask.figure` gives: "input" [B,3,H,W] in [0,1], "mask" [B,1,h,w] (1 = masked), "teacher"
-            and "student" [B,C,h,w]; more levels as "teacher/8", "student/8".
+            and "student" [B,C,h,w]; more levels as "teacher/p8", "student/p8"; a student's level may stand alone.
         step: optimiser step, shown in the title.
         title: run name, shown in the title.
         basis: colours of an earlier picture of the same run; without it they are fitted to these teacher features.
@@ -107,8 +111,7 @@ def feature_figure(
         ("input", np.clip(images, 0, 1), {}),
         (f"visible to the student\n({mask.mean():.0%} masked)", _masked(images, mask), {}),
     ]
-    for level, key, student in _columns(parts):
-        teacher = parts[key]
+    for level, teacher, student in _columns(parts):
         used.setdefault(level, ColourBasis.fit(teacher))
         place = f" ({level})" if level else ""
         columns.append((f"teacher{place}\nfeatures, PCA", used[level].colours(teacher), {}))
@@ -127,6 +130,9 @@ def feature_figure(
                 _array(agreement),
                 {"vmin": 0.0, "vmax": 1.0, "cmap": "viridis"},
             ))  # fmt: skip
+    for key in [k for k in parts if k.startswith("student/") and k.replace("student", "teacher", 1) not in parts]:
+        used.setdefault(key, ColourBasis.fit(parts[key]))
+        columns.append((f"student ({_level(key)})\nfeatures, own PCA", used[key].colours(parts[key]), {}))
     _grid(path, columns, f"{title + ' · ' if title else ''}step {step:,}")
     return used
 

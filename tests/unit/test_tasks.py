@@ -277,8 +277,12 @@ def test_figure_and_health_have_what_a_picture_needs(kind):
     figure = task.figure(images, keys)
     assert figure["mask"].shape == (4, 1, 4, 4)
     assert (figure["mask"].sum((1, 2, 3)) == task.mask_count).all()
-    assert figure["teacher"].shape == figure["student"].shape
-    assert figure["teacher"].shape[2:] == (4, 4)
+    levels = {"": 4} if kind != "ema" else {"/p16": 4, "/p8": 8, "/p4": 16}
+    for level, side in levels.items():
+        assert figure[f"teacher{level}"].shape == figure[f"student{level}"].shape
+        assert figure[f"teacher{level}"].shape[2:] == (side, side)
+    if kind == "fast":
+        assert figure["student/p4"].shape[2:] == (16, 16)
     health = task.health(images)
     levels = ("p16", "p8", "p4") if kind == "ema" else ("x16",)
     assert set(health) == {f"{m}/{name}" for m in ("std", "rankme") for name in levels}

@@ -17,6 +17,7 @@ def parts():
         "student": teacher + 0.1,
         "teacher/8": torch.randn(3, 8, 8, 8, generator=generator),
         "student/8": torch.randn(3, 5, 8, 8, generator=generator),
+        "student/4": torch.randn(3, 5, 16, 16, generator=generator),
     }
 
 
@@ -37,7 +38,7 @@ def test_any_number_of_channels_gives_rgb(channels):
 
 def test_feature_figure_keeps_its_colours_when_told(parts, tmp_path):
     used = feature_figure(tmp_path / "figures" / "a.png", parts, step=100, title="run")
-    assert set(used) == {"", "8"}
+    assert set(used) == {"", "8", "student/4"}
     again = feature_figure(tmp_path / "b.png", {**parts, "teacher": parts["teacher"] * 3}, step=200, basis=used)
     assert again[""] is used[""]
     with Image.open(tmp_path / "figures" / "a.png") as picture:
