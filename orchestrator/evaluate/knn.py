@@ -22,6 +22,7 @@ from orchestrator.data.config import DataConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.views import EvalView
 from orchestrator.evaluate.features import Extract, collect
+from orchestrator.evaluate.neighbours import Measured
 from orchestrator.train.context import RunContext
 from orchestrator.train.step import autocast_dtype
 
@@ -34,6 +35,8 @@ class Evaluator:
         self._run = run
         self._train = manifest.split(config.data.train_split)
         self._val = manifest.split(config.data.val_split)
+        self.measured: Measured | None = None
+        """Features of the student's last evaluation, on rank 0."""
 
     def __call__(self, task: PretrainTask, step: int, known: dict[str, list[int]]) -> dict[str, float]:
         """Evaluates; collective.
@@ -57,6 +60,7 @@ class Evaluator:
 
     def _student(self, task: PretrainTask, name: str, known: dict[str, list[int]]) -> dict[str, float]:
         features = self._features(self._in_precision(task.features), self._config.data)
+        self.measured = None if self._run.rank else Measured(*features)
         top1 = self._score(name, *features, known)
         bank_ND = features[0]
         return {

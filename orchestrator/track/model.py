@@ -15,6 +15,7 @@ import itpn_core
 from orchestrator.track.events import Model
 
 _REQUIRES: Final = ("torch", "timm", "numpy", "safetensors", "mlflow")
+_SCORE: Final = "eval/knn_top1"
 _DIGEST: Final = "weights_sha256"
 
 
@@ -64,7 +65,7 @@ def register(client: Any, run_id: str, event: Model, directory: Path) -> str:
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     version = _held(client, run_id, event.name, digest)
     if version is None:
-        folder = f"model-step-{event.step:08d}"
+        folder = f"model-step-{event.step:08d}-{digest[:8]}"
         with tempfile.TemporaryDirectory() as scratch:
             packed = Path(scratch) / "model"
             pack(event, weights, packed)
@@ -82,7 +83,20 @@ def register(client: Any, run_id: str, event: Model, directory: Path) -> str:
         version = str(created.version)
     for alias in event.aliases:
         client.set_registered_model_alias(event.name, alias, version)
+    if _beats_best(client, event):
+        client.set_registered_model_alias(event.name, "best", version)
     return version
+
+
+def _beats_best(client: Any, event: Model) -> bool:
+    """Whether this model's k-NN accuracy is above that of the version that is called best, or there is none."""
+    if _SCORE not in event.metrics:
+        return False
+    held = client.search_registered_models(f"name='{event.name}'", max_results=1)[0].aliases.get("best")
+    if held is None:
+        return True
+    score = client.get_model_version(event.name, held).tags.get(_SCORE.replace("/", "."))
+    return score is None or float(event.metrics[_SCORE]) > float(score)
 
 
 def _held(client: Any, run_id: str, name: str, digest: str) -> str | None:

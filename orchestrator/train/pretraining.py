@@ -9,6 +9,7 @@ from itpn_core.pretraining.tasks import PretrainTask, build_task
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.evaluate.knn import Evaluator
+from orchestrator.evaluate.neighbours import draw_neighbours
 from orchestrator.evaluate.picture import Watched
 from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Weights
@@ -29,6 +30,7 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, run: RunContext, manifest: Manifest) -> None:
         self._config = config
         self._run = run
+        self._manifest = manifest
         self._train = manifest.split(config.data.train_split)
         self._evaluator = Evaluator(config, run, manifest)
         self._watched = Watched(config, manifest, run.device)
@@ -46,9 +48,13 @@ class Pretraining:
         return self._evaluator(task, step, known)
 
     def figures(self, task: PretrainTask, step: int) -> list[Path]:
-        """Input, mask and features of the watched images."""
-        path = self._watched.figure(task, step, self._run.directory)
-        return [] if path is None else [path]
+        """The watched images with mask and features, and a few queries with their nearest neighbours."""
+        features = self._watched.figure(task, step, self._run.directory)
+        measured, self._evaluator.measured = self._evaluator.measured, None  # a large bank need not stay in memory
+        if features is None or measured is None:
+            return []
+        neighbours = self._run.directory / "figures" / f"neighbours-{step:08d}.png"
+        return [features, draw_neighbours(self._config, self._manifest, measured, step, neighbours)]
 
     def health(self, task: PretrainTask) -> dict[str, float]:
         """As `Kind.health`, of the watched images."""

@@ -44,21 +44,24 @@ def test_registered_model_gives_the_backbones_features_without_ray(tmp_path):
     weights.parent.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, weights)
     config = resolve(TrackConfig(registered_model="itpn-test", poll_s=0.05), tmp_path)
-    for attempt, alias in ((1, "candidate"), (2, "best")):  # the same weights told twice stay one version
+    worse = weights.with_name("worse.safetensors")
+    save_file({name: value + 0.01 for name, value in backbone.state_dict().items()}, worse)
+    tellings = ((weights, 0.5), (weights, 0.5), (worse, 0.4))  # the same weights told twice stay one version
+    for attempt, (file, score) in enumerate(tellings, start=1):
         recorder = Recorder(config, "uid", run, attempt)
         recorder.model(
-            weights, dataclasses.asdict(CONFIG), step=7, mean=MEAN, std=STD, aliases=[alias],
-            metrics={"eval/knn_top1": 0.5}, card="# Card\nPre-trained for a test.",
+            file, dataclasses.asdict(CONFIG), step=7, mean=MEAN, std=STD,
+            metrics={"eval/knn_top1": score}, card="# Card\nPre-trained for a test.",
         )  # fmt: skip
         backlog = recorder.close(60)
         assert backlog.empty, str(backlog)
 
     client = MlflowClient(config.uri)
-    (version,) = client.search_model_versions("name='itpn-test'")
-    assert version.tags["eval.knn_top1"] == "0.5"
+    newer, version = client.search_model_versions("name='itpn-test'")
+    assert (version.tags["eval.knn_top1"], newer.tags["eval.knn_top1"]) == ("0.5", "0.4")
     assert "Pre-trained for a test" in version.description
-    for alias in ("candidate", "best"):
-        assert client.get_model_version_by_alias("itpn-test", alias).version == version.version
+    assert client.get_model_version_by_alias("itpn-test", "candidate").version == newer.version
+    assert client.get_model_version_by_alias("itpn-test", "best").version == version.version
 
     images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
