@@ -56,3 +56,25 @@ def paired_difference(first_M: Tensor, second_M: Tensor) -> Estimate:
     mean = difference_M.mean().item()
     variance = (difference_M.square().mean().item() - mean * mean) / total
     return Estimate(mean, math.sqrt(max(variance, 0.0)))
+
+
+def over_seeds(values_SM: Tensor) -> Estimate:
+    """Mean over seeds and queries with its standard error.
+
+    The same queries come back with every seed, so they count once: the error is that of the queries' means over the
+    seeds, and what seeds differ by comes on top.
+
+    Args:
+        values_SM: [S, M], one value per seed and query: right or wrong, or a paired difference of the two.
+
+    Raises:
+        ValueError: if there is no seed or no query.
+    """
+    if values_SM.ndim != 2 or values_SM.numel() == 0:
+        raise ValueError(f"Answers of seeds and queries [S, M] are needed, found shape {tuple(values_SM.shape)}.")
+    values_SM = values_SM.double()
+    seeds, queries = values_SM.shape
+    variance = values_SM.mean(dim=0).var(unbiased=False).item() / queries
+    if seeds > 1:
+        variance += values_SM.mean(dim=1).var(unbiased=True).item() / seeds
+    return Estimate(values_SM.mean().item(), math.sqrt(variance))

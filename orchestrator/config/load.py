@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,19 +18,25 @@ from orchestrator.config.schema import Leaf, flatten, leaves
 T = TypeVar("T")
 
 
-def load(schema: type[T], recipe: str | Path | None, overrides: Sequence[str]) -> T:
-    """Builds the configuration: defaults, then the recipe, then the command line.
+def load(
+    schema: type[T],
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    base: Mapping[str, Any] | None = None,
+) -> T:
+    """Builds the configuration: defaults, then `base`, then the recipe, then the command line.
 
     Args:
         schema: dataclass that owns the settings.
         recipe: YAML file, or None for the defaults alone.
         overrides: words such as `train.epochs=3`; the value is read as YAML.
+        base: values by dotted key that replace defaults (what a checkpoint says about itself).
 
     Raises:
         SettingError: an unreadable recipe, an unknown key or a value of the wrong type.
     """
     known = {leaf.key: leaf for leaf in leaves(schema)}
-    values: dict[str, tuple[Any, str]] = {}
+    values: dict[str, tuple[Any, str]] = {key: (value, "checkpoint") for key, value in (base or {}).items()}
     if recipe is not None:
         values |= {key: (value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe)).items()}
     for word in overrides:

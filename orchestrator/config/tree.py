@@ -8,7 +8,7 @@ from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.data.config import DataConfig
-from orchestrator.evaluate.config import EvalConfig
+from orchestrator.evaluate.config import EvalConfig, MeasureConfig
 from orchestrator.launch.config import ClusterConfig, RunConfig
 from orchestrator.track.config import TrackConfig
 from orchestrator.train.config import TrainConfig
@@ -37,3 +37,16 @@ class PretrainConfig:
 
 JobConfig = PretrainConfig
 """What the training engine and its driver can run."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(PretrainConfig):
+    """Everything `jobs/evaluate.py` can be told: a recipe of pre-training is one of its recipes too.
+
+    The model's shape is the checkpoint's; `model.migration` and `model.gathering` are what is measured, at
+    `data.image_size`. Settings of training are accepted and not used.
+    """
+
+    evaluate: MeasureConfig = field(
+        default_factory=MeasureConfig, metadata={"help": "what is measured", "affects_result": False}
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from itpn_core.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -22,3 +24,37 @@ class EvalConfig:
     figure_images: int = field(
         default=6, metadata={"affects_result": False, "help": "val images in the feature picture; 0 = no picture"}
     )
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What `jobs/evaluate.py` measures, of which weights."""
+
+    checkpoint: str = field(
+        default="",
+        metadata={"help": "run directory or URI, a .safetensors file of ours, or a published .pth/.pt/.bin file"},
+    )
+    knn: bool = field(default=False, metadata={"help": "measure k-NN; with neither knn nor linear both are measured"})
+    linear: bool = field(default=False, metadata={"help": "measure a linear probe over a small grid of rates"})
+    rates: tuple[float, ...] = field(
+        default=(0.01, 0.03, 0.1, 0.3, 1.0),
+        metadata={"help": "learning rates of the probe; chosen on a held-out tenth of the bank"},
+    )
+    seeds: int = field(default=1, metadata={"help": "seeds of the probe's held-out part and order; answers are pooled"})
+    rounds: int = field(default=7, metadata={"help": "interleaved timing rounds; 0 = no timing, 2 or more otherwise"})
+    warmup: int = field(default=2, metadata={"help": "untimed rounds before them"})
+    batch: int = field(default=16, metadata={"help": "images per timed call"})
+    json: str = field(default="", metadata={"help": "file for the figures; the reduction picture goes beside it"})
+    mlflow_run: str = field(
+        default="",
+        metadata={"help": "MLflow run id that also gets figures and picture; empty = the run that made the weights"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.rounds < 0 or self.rounds == 1:
+            raise ConfigError("evaluate.rounds", self.rounds, "allowed are 0 (no timing) and 2 or more")
+        for name, least in (("warmup", 0), ("batch", 1), ("seeds", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"evaluate.{name}", getattr(self, name), f"it must be at least {least}")
+        if not self.rates or min(self.rates) <= 0:
+            raise ConfigError("evaluate.rates", self.rates, "one or more rates above 0 are needed")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from itpn_core.errors import UserError
 from orchestrator.config.load import load, to_yaml
-from orchestrator.config.schema import help_text
+from orchestrator.config.schema import help_text, leaves
 
 T = TypeVar("T")
 
@@ -25,22 +25,39 @@ def run_job(
     action: Callable[[T, str], int],
     resolve: Callable[[T], T],
     arguments: Sequence[str] | None = None,
+    short: Mapping[str, str] | None = None,
+    base: Callable[[T], Mapping[str, Any]] | None = None,
 ) -> int:
     """Reads the command line, builds the configuration and runs `action(config, recipe name)`.
 
     A person's mistake ends as one message on standard error and exit code 2, never as a traceback.
+
+    Args:
+        schema: dataclass of all settings.
+        description: text of `--help`.
+        default_recipe: recipe when none is named; "" for none.
+        action: what the job does.
+        resolve: makes places absolute.
+        arguments: the command line; None takes that of the process.
+        short: option -> setting that it is short for (`--knn` for `evaluate.knn`).
+        base: what replaces defaults below recipe and command line, found by a first reading of the settings.
     """
     parser = argparse.ArgumentParser(
         description=description,
         epilog="settings (key.path=value):\n" + help_text(schema),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", default=default_recipe, metavar="FILE", help="YAML file of settings (%(default)s)")
+    shown = "YAML file of settings" + (" (%(default)s)" if default_recipe else "")
+    parser.add_argument("--recipe", default=default_recipe, metavar="FILE", help=shown)
+    _add_short(parser, schema, short or {})
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("settings", nargs="*", metavar="key.path=value", help="settings that override the recipe")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    recipe, words = options.recipe or None, [*_short_words(options, short or {}), *options.settings]
     try:
-        config = resolve(load(schema, options.recipe, options.settings))
+        config = resolve(load(schema, recipe, words))
+        if base is not None:
+            config = resolve(load(schema, recipe, words, base(config)))
         if options.print_config:
             return _print(to_yaml(config))
         return action(config, Path(options.recipe).stem)
@@ -50,6 +67,21 @@ def run_job(
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _add_short(parser: argparse.ArgumentParser, schema: type[Any], short: Mapping[str, str]) -> None:
+    known = {leaf.key: leaf for leaf in leaves(schema)}
+    for option, key in short.items():
+        help_line = f"short for {key}: {known[key].help}".replace("%", "%%")
+        if known[key].type_name == "bool":
+            parser.add_argument(option, dest=key, action="store_const", const="true", help=help_line)
+        else:
+            parser.add_argument(option, dest=key, metavar="VALUE", help=help_line)
+
+
+def _short_words(options: argparse.Namespace, short: Mapping[str, str]) -> list[str]:
+    given = {key: getattr(options, key) for key in short.values()}
+    return [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def _print(text: str) -> int:

@@ -6,9 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from orchestrator.config.tree import JobConfig
 from orchestrator.track.config import resolve as resolve_tracking
+
+C = TypeVar("C", bound=JobConfig)
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -19,7 +22,7 @@ def home(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(environment.get("ITPN_HOME", "~/itpn")).expanduser().absolute()
 
 
-def resolve(config: JobConfig, environment: Mapping[str, str] = os.environ) -> JobConfig:
+def resolve(config: C, environment: Mapping[str, str] = os.environ) -> C:
     """The same configuration with every place absolute, so that it means the same on every host.
 
     Empty places are below `$ITPN_HOME`, relative ones below the working directory; environment variables are read here

@@ -88,6 +88,7 @@ class Recorder:
         name: readable run name for the UI.
         role: who writes ("rank0", "driver", "node1").
         creates: False for processes that may not create the MLflow run (system metrics of other nodes).
+        run_id: an MLflow run that exists already and is not found by `run_uid`.
         secrets: values that may appear nowhere (see `redact.secret_values`).
         follow: False to write the journal only.
     """
@@ -102,6 +103,7 @@ class Recorder:
         name: str = "",
         role: str = "rank0",
         creates: bool = True,
+        run_id: str = "",
         secrets: Sequence[str] = (),
         follow: bool = True,
     ) -> None:
@@ -113,7 +115,9 @@ class Recorder:
         self._known_names: set[str] = set()
         self._last_step = -1
         self._lag_step = -1
-        self._server = Server(config, RunIdentity(run_uid, name, begun_ms, creates), self.directory, self._redactor)
+        self._server = Server(
+            config, RunIdentity(run_uid, name, begun_ms, creates, run_id), self.directory, self._redactor
+        )
         self._shipper = Shipper(self.directory, self._server, config, own=self._journal.stream)
         self._follower: Follower | None = None
         if follow:

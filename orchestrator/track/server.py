@@ -53,12 +53,14 @@ class RunIdentity:
         name: readable name shown in the UI.
         begun_ms: when the run began (ms since the epoch), which may be long before the server first answers.
         creates: whether this process may create the MLflow run. One process of a run may; the others wait for it.
+        run_id: id of an MLflow run that a person named; "" finds the run by `run_uid`.
     """
 
     run_uid: str
     name: str = ""
     begun_ms: int | None = None
     creates: bool = True
+    run_id: str = ""
 
 
 @contextmanager
@@ -237,6 +239,8 @@ class Server:
 
         Every process that asks gets the same order, and so chooses the same run.
         """
+        if self.identity.run_id:
+            return [self._client.get_run(self.identity.run_id)]
         experiments = [found.experiment_id for found in self._client.search_experiments(max_results=1000)]
         runs = self._client.search_runs(
             experiments, filter_string=f"tags.{RUN_UID} = '{self.identity.run_uid}'", max_results=10
