@@ -40,12 +40,15 @@ class Examples(NamedTuple):
         labels: int64 [B]; -1 in a hole.
         valid: bool [B], False where a sample could not be read.
         keys: int64 [B], one key per sample and epoch.
+        own: the samples whose losses are wanted. The others, at most one on either side and only for a task that is
+            `paired`, complete pairs of the global batch.
     """
 
     images: Tensor
     labels: Tensor
     valid: Tensor
     keys: Tensor
+    own: slice = slice(None)
 
 
 class Task(nn.Module):
@@ -57,6 +60,8 @@ class Task(nn.Module):
 
     title = "this task"
     """For messages."""
+    paired = False
+    """Whether slots 2i and 2i+1 of the global batch must be at hand together."""
     watched = False
     """Whether the engine should feed `watch` with the features' health."""
 
@@ -66,7 +71,7 @@ class Task(nn.Module):
 
     @abstractmethod
     def prepare(self, examples: Examples) -> tuple[Tensor, Any]:
-        """The images the student will see and what it should answer, without gradient."""
+        """The images the student will see and what it should answer, of `examples.own`, without gradient."""
 
     @abstractmethod
     def forward(self, images_B3HW: Tensor, targets: Any, keys_B: Tensor) -> TaskOutput:

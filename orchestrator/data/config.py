@@ -10,18 +10,27 @@ from orchestrator.data.store import StoreConfig
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What happens to a batch on the device, seeded by (seed, epoch, sample id)."""
+    """What happens to an image after its crop, seeded by (seed, epoch, sample id)."""
 
     flip: float = field(default=0.5, metadata={"help": "probability of a horizontal flip"})
     brightness: float = field(default=0.0, metadata={"help": "brightness factor drawn from 1 +- this"})
     contrast: float = field(default=0.0, metadata={"help": "contrast factor drawn from 1 +- this"})
     saturation: float = field(default=0.0, metadata={"help": "saturation factor drawn from 1 +- this"})
+    rand_ops: int = field(default=0, metadata={"help": "RandAugment operators per image; 0 = none, published: 2"})
+    rand_magnitude: float = field(default=9.0, metadata={"help": "mean strength of RandAugment, 0 to 10"})
+    rand_spread: float = field(default=0.5, metadata={"help": "standard deviation of that strength"})
+    erase: float = field(default=0.0, metadata={"help": "probability of erasing a box; published fine-tuning: 0.25"})
 
     def __post_init__(self) -> None:
-        for name in ("flip", "brightness", "contrast", "saturation"):
+        for name in ("flip", "brightness", "contrast", "saturation", "erase"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"data.augment.{name}", value, "allowed are 0 <= value <= 1")
+        if self.rand_ops < 0 or self.rand_spread < 0:
+            name = "rand_ops" if self.rand_ops < 0 else "rand_spread"
+            raise ConfigError(f"data.augment.{name}", getattr(self, name), "must not be negative")
+        if not 0.0 <= self.rand_magnitude <= 10.0:
+            raise ConfigError("data.augment.rand_magnitude", self.rand_magnitude, "allowed are 0 <= value <= 10")
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class DataConfig:
     quarantine_budget: int = field(default=0, metadata={"help": "damaged samples tolerated before the run stops"})
     max_pixels: int = field(default=64_000_000, metadata={"help": "larger images are refused from their header"})
     max_member_mb: int = field(default=256, metadata={"help": "larger tar members are refused, in MiB"})
-    augment: AugmentConfig = field(default_factory=AugmentConfig, metadata={"help": "on-device augmentation"})
+    augment: AugmentConfig = field(default_factory=AugmentConfig, metadata={"help": "flip, colour, RandAugment, erasing"})
     cache: CacheConfig = field(default_factory=CacheConfig, metadata={"affects_result": False, "help": "on-disk cache of remote reads"})
     store: StoreConfig = field(default_factory=StoreConfig, metadata={"affects_result": False, "help": "how the object store is reached"})
 

@@ -37,6 +37,8 @@ class Batch:
         valid: bool [b], False for a quarantined sample: give it no weight.
         epoch: 0-based.
         index: number of the global batch in the epoch.
+        first: slot of the first sample in the global batch.
+        own: this rank's part; when pairs are asked for, up to one sample on either side belongs to a neighbour.
     """
 
     images: Tensor
@@ -45,6 +47,8 @@ class Batch:
     valid: Tensor
     epoch: int
     index: int
+    first: int = 0
+    own: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass
@@ -88,12 +92,24 @@ class ReaderSpec:
     rank: int
     world: int
     quarantined: tuple[int, ...]
+    pairs: bool = False
     worker: int = 0
     workers: int = 1
 
+    def of_rank(self, index: int) -> tuple[int, int]:
+        """Slots of batch `index` that are this rank's own."""
+        return part(self.order.batch_size(index, self.global_batch), self.world, self.rank)
+
+    def at_hand(self, index: int) -> tuple[int, int]:
+        """Slots of batch `index` that this rank reads: its own, and the partners of those at its edges."""
+        low, high = self.of_rank(index)
+        if not self.pairs or low == high:
+            return low, high
+        return low - low % 2, min(high + high % 2, self.order.batch_size(index, self.global_batch))
+
     def owned(self, index: int) -> tuple[int, int]:
         """Slots of batch `index` that this reader serves."""
-        low, high = part(self.order.batch_size(index, self.global_batch), self.world, self.rank)
+        low, high = self.at_hand(index)
         first, last = part(high - low, self.workers, self.worker)
         return low + first, low + last
 
@@ -164,6 +180,7 @@ def _decode_part(
             try:
                 pixels = decode_rgb(sample.data, sample.field, spec.config.max_pixels)
                 render(pixels, spec.view.box(pixels.shape[0], pixels.shape[1], draws[slot]), images[slot])
+                spec.view.finish(images[slot], draws[slot])
                 labels[slot] = sample.label
                 continue
             except IntegrityError as error:
@@ -202,7 +219,7 @@ class Loader:
             raise StopIteration
         began = time.perf_counter()
         parts = [next(self._parts) for _ in range(self._pieces)]
-        batch = _join(parts, self._spec.epoch, self._next)
+        batch = _join(parts, self._spec, self._next)
         self._next += 1
         self._count(parts, began)
         return batch
@@ -235,7 +252,7 @@ class Loader:
         self._next = self._spec.stop_batch
 
 
-def _join(parts: list[Part], epoch: int, index: int) -> Batch:
+def _join(parts: list[Part], spec: ReaderSpec, index: int) -> Batch:
     assert all(piece.index == index for piece in parts), "pieces of different batches"  # noqa: S101 - invariant
     if len(parts) == 1:
         only = parts[0]
@@ -246,7 +263,8 @@ def _join(parts: list[Part], epoch: int, index: int) -> Batch:
         )
     if torch.cuda.is_available():  # page-locked, so that the copy to the device runs beside the step
         images = images.pin_memory()
-    return Batch(images, ids, labels, valid, epoch, index)
+    first, (low, high) = spec.at_hand(index)[0], spec.of_rank(index)
+    return Batch(images, ids, labels, valid, spec.epoch, index, first, slice(low - first, high - first))
 
 
 class _ThreadSource:
@@ -311,6 +329,7 @@ def open_loader(
     view: TrainView | EvalView,
     stop_batch: int | None = None,
     quarantined: Iterable[int] = (),
+    pairs: bool = False,
 ) -> Loader:
     """Opens the stream of this rank's batches.
 
@@ -326,6 +345,7 @@ def open_loader(
         view: `TrainView` for the shuffled order, `EvalView` for the manifest's order.
         stop_batch: first batch that is not wanted; None = to the end of the epoch.
         quarantined: ids of known holes (from the saved state).
+        pairs: also read the partners of this rank's slots, where slots 2i and 2i+1 are a pair.
 
     Returns:
         A context manager and iterator of `Batch`.
@@ -345,7 +365,7 @@ def open_loader(
     stop = batches if stop_batch is None else min(stop_batch, batches)
     spec = ReaderSpec(
         config, split, order, view, seed, epoch, first_batch, max(stop, first_batch), global_batch, rank, world,
-        tuple(quarantined),
+        tuple(quarantined), pairs,
     )  # fmt: skip
     if config.workers == 0:
         return Loader(spec, _ThreadSource, 1)

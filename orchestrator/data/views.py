@@ -14,7 +14,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from itpn_core.random import stream_keys_numpy, uniform_numpy
+from orchestrator.data.config import AugmentConfig, DataConfig
 from orchestrator.data.decode import ImageHWC
+from orchestrator.data.strong import DRAWS_PER_OP, ERASE_DRAWS, erase, rand_augment
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 _TRIES = 10
@@ -32,28 +34,39 @@ class View(Protocol):
     def box(self, height: int, width: int, draws: npt.NDArray[np.float32]) -> Box:
         """The part of an image that is shown, given its row of `draws`."""
 
+    def finish(self, out_3SS: Tensor, draws: npt.NDArray[np.float32]) -> None:
+        """Changes the rendered square in place, given its row of `draws`."""
+
 
 @dataclass(frozen=True)
 class TrainView:
-    """Random-resized crop (Szegedy et al. 2015), seeded by (seed, epoch, sample id).
+    """Random-resized crop (Szegedy et al. 2015) and strong augmentation, seeded by (seed, epoch, sample id).
 
     Attributes:
         image_size: side of the result in pixels.
         scale: smallest and largest share of the area.
         ratio: smallest and largest width / height.
+        augment: RandAugment and erasing are done here, what is cheaper for whole batches on the device.
     """
 
     image_size: int
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augment: AugmentConfig = AugmentConfig()
 
     def draws(self, seed: int, epoch: int, ids_B: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """As `View.draws`."""
-        return uniform_numpy(stream_keys_numpy(seed, epoch, ids_B, "crop"), _DRAWS)
+        wanted = {
+            "crop": _DRAWS,
+            "rand_augment": DRAWS_PER_OP * self.augment.rand_ops,
+            "erase": ERASE_DRAWS if self.augment.erase else 0,
+        }
+        parts = [uniform_numpy(stream_keys_numpy(seed, epoch, ids_B, name), n) for name, n in wanted.items() if n]
+        return np.concatenate(parts, axis=1)
 
     def box(self, height: int, width: int, draws: npt.NDArray[np.float32]) -> Box:
         """As `View.box`: the first of ten draws that fits, else the largest centred box of an allowed ratio."""
-        u = draws.tolist()
+        u = draws[:_DRAWS].tolist()
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(_TRIES):
             area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[2 * attempt])
@@ -64,6 +77,15 @@ class TrainView:
         ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
         h, w = max(1, min(height, round(width / ratio))), max(1, min(width, round(height * ratio)))
         return (height - h) // 2, (width - w) // 2, h, w
+
+    def finish(self, out_3SS: Tensor, draws: npt.NDArray[np.float32]) -> None:
+        """As `View.finish`: RandAugment, then erasing."""
+        config, u = self.augment, draws[_DRAWS:].tolist()
+        rand = DRAWS_PER_OP * config.rand_ops
+        if config.rand_ops:
+            out_3SS.copy_(rand_augment(out_3SS, u[:rand], config.rand_magnitude, config.rand_spread))
+        if config.erase:
+            erase(out_3SS, u[rand:], config.erase)
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,14 @@ class EvalView:
         """As `View.box`."""
         side = max(1, round(min(height, width) * self.crop))
         return (height - side) // 2, (width - side) // 2, side, side
+
+    def finish(self, out_3SS: Tensor, draws: npt.NDArray[np.float32]) -> None:
+        """As `View.finish`: nothing."""
+
+
+def train_view(config: DataConfig) -> TrainView:
+    """The view that a configuration trains on."""
+    return TrainView(config.image_size, config.crop_scale, config.crop_ratio, config.augment)
 
 
 def render(image_HWC: ImageHWC, box: Box, out_3SS: Tensor) -> None:

@@ -18,7 +18,7 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
-from orchestrator.data.views import TrainView
+from orchestrator.data.views import train_view
 from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Kind, open_kind
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
@@ -127,8 +127,9 @@ class Engine:
             global_batch=self.config.train.global_batch,
             rank=self.run.rank,
             world=self.run.world,
-            view=TrainView(self.config.data.image_size, self.config.data.crop_scale, self.config.data.crop_ratio),
+            view=train_view(self.config.data),
             quarantined=self.state.quarantined,
+            pairs=self.state.task.paired,
         )
         self._loader = loader
         with loader as batches:

@@ -35,6 +35,20 @@ def micro_batches(global_batch: int, world: int, micro_batch: int) -> int:
     return -(-share // micro_batch) if micro_batch else 1
 
 
+def whole_pairs(part: slice, first: int, count: int) -> slice:
+    """The slice widened to whole pairs (slots 2i and 2i+1 of the global batch) of a batch of `count` samples.
+
+    Args:
+        part: samples of the batch at hand.
+        first: slot of that batch's first sample.
+        count: samples at hand.
+    """
+    if part.start == part.stop:
+        return part
+    low = part.start - (first + part.start) % 2
+    return slice(max(low, 0), min(part.stop + (first + part.stop) % 2, count))
+
+
 class Step:
     """Applies one global batch to a training state.
 
@@ -86,7 +100,8 @@ class Step:
         lr = self._peak_lr * lr_factor(self.state.step, self._total, self._config.optimizer)
         set_lr(self.state.optimizer, lr)
         sums: dict[str, Tensor] = {}
-        parts = even_parts(len(batch.ids), self._parts)
+        first, last, _ = batch.own.indices(len(batch.ids))
+        parts = [slice(first + p.start, first + p.stop) for p in even_parts(last - first, self._parts)]
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with contextlib.nullcontext() if last else self._no_sync():
@@ -101,10 +116,10 @@ class Step:
 
     def _forward_backward(self, batch: Batch, part: slice, global_count: int) -> dict[str, Tensor]:
         examples = self._examples(batch, part)
-        weight_B = examples.valid
+        weight_B, keys_B = examples.valid[examples.own], examples.keys[examples.own]
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             images_B3HW, targets = self.state.task.prepare(examples)
-            output = self._model(images_B3HW, targets, examples.keys)
+            output = self._model(images_B3HW, targets, keys_B)
         losses = {"loss": output.loss_B, **output.parts}
         # `where`, not a product: a hole's loss may be anything, also not a number.
         kept = {name: torch.where(weight_B, value_B, 0) for name, value_B in losses.items()}
@@ -112,14 +127,17 @@ class Step:
         return {name: value_B.detach().sum() / global_count for name, value_B in kept.items()}
 
     def _examples(self, batch: Batch, part: slice) -> Examples:
-        """Samples of a part, on the device and augmented."""
+        """Samples of a part, on the device and augmented; with their partners, for a task that is `paired`."""
+        wide = whole_pairs(part, batch.first, len(batch.ids)) if self.state.task.paired else part
+        own = slice(part.start - wide.start, part.stop - wide.start)
         images_u8, ids_B, labels_B, valid_B = (
-            t[part].to(self._device, non_blocking=True) for t in (batch.images, batch.ids, batch.labels, batch.valid)
+            t[wide].to(self._device, non_blocking=True) for t in (batch.images, batch.ids, batch.labels, batch.valid)
         )
         images_B3HW = augment(images_u8, ids_B, self._config.seed, batch.epoch, self._data.augment)
         if self._config.precision == "fp64":
             images_B3HW = images_B3HW.double()
-        return Examples(images_B3HW, labels_B, valid_B, stream_keys(self._config.seed, batch.epoch, ids_B, "objective"))
+        keys_B = stream_keys(self._config.seed, batch.epoch, ids_B, "objective")
+        return Examples(images_B3HW, labels_B, valid_B, keys_B, own)
 
     def _update(self) -> tuple[Tensor, Tensor]:
         limit = self._config.optimizer.clip_grad_norm or float("inf")
