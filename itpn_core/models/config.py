@@ -48,7 +48,8 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
-        # keyword values come from timm's create_model
+        # keyword values come from timm's create_model, lists from its folders' config.json
+        object.__setattr__(self, "depths", tuple(self.depths))
         object.__setattr__(self, "migration", as_migration(self.migration))
         object.__setattr__(self, "gathering", as_gathering(self.gathering))
         _one_of("family", self.family, FAMILIES)

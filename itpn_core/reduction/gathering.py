@@ -152,7 +152,7 @@ def _per_window(block: Block, z_BTE: Tensor, view: View, bias: Tensor | None, ke
     )
     pads = key_mask(view, own, q.dtype)
     mask = None if bias is None else F.pad(bias, (own, 0, own, 0))
-    joint = attn.attend(q, k, v, _per_batch(mask, pads, view, len(z_BTE)))
+    joint = attn.attend(q, k, v, _per_batch(mask, pads, view, z_BTE.shape[0]))
     joint_BWJE = joint.view(-1, view.windows, *joint.shape[1:])
     y = torch.cat([joint_BWJE[:, :, :own].flatten(1, 2), joint_BWJE[:, :, own:].flatten(1, 2)], 1)
     return torch.cat([g_BTE, z_BTE[:, tokens:]], 1) + block.attention_branch(y, keep_B)
@@ -165,7 +165,7 @@ def _exchange_and_read(attn: Attention, q: Tensor, k: Tensor, v: Tensor, view: V
         torch.cat([p[:, None, :, :tokens].expand(-1, windows, -1, -1, -1), _cut(p[:, :, tokens:], windows)], 3)
         for p in (k, v)
     )
-    mask = _per_batch(None, key_mask(view, tokens, q.dtype), view, len(q))
+    mask = _per_batch(None, key_mask(view, tokens, q.dtype), view, q.shape[0])
     out = attn.attend(_cut(q[:, :, :tokens], windows).flatten(0, 1), k_w.flatten(0, 1), v_w.flatten(0, 1), mask)
     return out.reshape(-1, tokens, out.shape[-1])
 
@@ -192,7 +192,7 @@ def attend_windows(
         view: how the sequence is cut.
         bias: None or [B or 1, W or 1, heads, L, L].
     """
-    windows, batch = view.windows, len(q)
+    windows, batch = view.windows, q.shape[0]
     own = view.tokens // windows if view.per_window else view.tokens
     q_w, k_w, v_w = (_cut(part, windows) for part in (q, k, v))
     if own:

@@ -155,7 +155,7 @@ def select(score_BN: Tensor, windows: int, lost: int) -> tuple[Tensor, Tensor]:
     Returns:
         Places that stay, int64 [B, W * (length - lost)], and places that go, int64 [B, W * lost], both ascending.
     """
-    score_BWL = score_BN.view(len(score_BN), windows, -1)
+    score_BWL = score_BN.view(score_BN.shape[0], windows, -1)
     length = score_BWL.shape[2]
     order_BWL = score_BWL.argsort(dim=2, stable=True)
     first_W1 = torch.arange(windows, device=score_BN.device)[:, None] * length

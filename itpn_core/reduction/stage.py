@@ -119,7 +119,7 @@ class ReducedStage:
         if trained_GE is None:
             return torch.cat([zero_shot_tokens(x_BSE, self.plan.means), x_BSE], 1)
         repeats = self.plan.gathering_tokens // len(trained_GE)
-        g_BTE = trained_GE.to(x_BSE.dtype).repeat(repeats, 1).expand(len(x_BSE), -1, -1)
+        g_BTE = trained_GE.to(x_BSE.dtype).repeat(repeats, 1).expand(x_BSE.shape[0], -1, -1)
         return torch.cat([g_BTE, x_BSE], 1)
 
     def slots(self, z_BTE: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class ReducedStage:
         if self.slot_BS is not None:
             return self.slot_BS
         count = z_BTE.shape[1] - self.plan.gathering_tokens
-        return torch.arange(count, device=z_BTE.device).expand(len(z_BTE), -1)
+        return torch.arange(count, device=z_BTE.device).expand(z_BTE.shape[0], -1)
 
     def cells(self, z_BTE: Tensor) -> Tensor:
         """Original cells of the current tokens, int64 [B, S']; pads say 0."""
@@ -148,7 +148,7 @@ class ReducedStage:
         """Which cells' tokens were never dropped: bool [B, N]."""
         slot_BS = self.slots(z_BTE)
         total = self.plan.order.windows * self.plan.order.length
-        alive_BS = torch.zeros(len(z_BTE), total, dtype=torch.bool, device=z_BTE.device).scatter(1, slot_BS, True)
+        alive_BS = torch.zeros(z_BTE.shape[0], total, dtype=torch.bool, device=z_BTE.device).scatter(1, slot_BS, True)
         return alive_BS if self.plan.order.identity else alive_BS[:, self.plan.order.slots.to(z_BTE.device)]
 
     # --- dropping ---
@@ -170,14 +170,14 @@ class ReducedStage:
         self.view = self.views[len(self.history) + 1]
         survivors = take(x_BSE, stay)
         z_BTE = torch.cat([z_BTE[:, :front], survivors], 1) if front else survivors
-        cells, pads_BS = self.cells(z_BTE), self.pads(len(z_BTE))
+        cells, pads_BS = self.cells(z_BTE), self.pads(z_BTE.shape[0])
         self.history.append((drop.layer, cells if pads_BS is None else cells.masked_fill(pads_BS, -1)))
         return z_BTE
 
     def score(self, drop: Drop, block: Block, z_BTE: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores of the current tokens (highest goes first), and partners when the rule merges."""
         x_BSE, rule = z_BTE[:, self.plan.gathering_tokens :], self.migration.rule
-        pads_BS, cells = self.pads(len(x_BSE)), self.cells(z_BTE)
+        pads_BS, cells = self.pads(x_BSE.shape[0]), self.cells(z_BTE)
         if rule == "random":
             keys_B = derive(self.keys_B + self.migration.seed, f"token_migration/{drop.layer}")
             return self.guarded(move.random_score(keys_B, x_BSE.shape[1]), cells, pads_BS), None
@@ -259,7 +259,7 @@ class ReducedStage:
         cells = self.cells(z_BTE[:1] if static else z_BTE)
         cols = self.plan.grid[1]
         # the code of a cell, so that the table's row of a pair is a difference of codes
-        code_BWL = (cells // cols * (2 * cols - 1) + cells % cols).view(len(cells), windows, -1)
+        code_BWL = (cells // cols * (2 * cols - 1) + cells % cols).view(cells.shape[0], windows, -1)
         if static and windows > 1 and self.view.valid is None:
             code_BWL = code_BWL[:, :1]
         offset = (self.plan.grid[0] - 1) * (2 * cols - 1) + cols - 1

@@ -6,12 +6,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.config.tree import JobConfig
+from orchestrator.data.store import StoreConfig
 from orchestrator.track.config import resolve as resolve_tracking
 
 C = TypeVar("C", bound=JobConfig)
+T = TypeVar("T")
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path:
@@ -48,3 +50,15 @@ def resolve(config: C, environment: Mapping[str, str] = os.environ) -> C:
 
 def _absolute(place: str) -> str:
     return place.rstrip("/") if "://" in place else str(Path(place).expanduser().absolute())
+
+
+def absolute(config: T, *fields: str) -> T:
+    """A flat configuration with the named places absolute; URIs and empty places stay."""
+    places = {name: str(getattr(config, name)) for name in fields}
+    changes: dict[str, Any] = {name: _absolute(place) for name, place in places.items() if place}
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def object_store(environment: Mapping[str, str] = os.environ) -> StoreConfig:
+    """Object-store settings of a job that has no section for them: the standard variable names the endpoint."""
+    return StoreConfig(endpoint=environment.get("AWS_ENDPOINT_URL", ""))

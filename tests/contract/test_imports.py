@@ -19,6 +19,8 @@ DOORS = {
     "omegaconf": ("orchestrator/config",),
     "yaml": ("orchestrator/config",),
     "optuna": ("orchestrator/sweep",),
+    "onnxscript": ("orchestrator/export",),
+    "onnxruntime": ("orchestrator/export",),
 }
 
 
