@@ -9,7 +9,7 @@ from itpn_core.errors import ConfigError, nearest
 OBJECTIVES = ("fast", "ema", "clip", "pixel")
 MASKS = ("auto", "block", "uniform")
 LOSS_TOKENS = ("masked", "all")
-TARGET_NORMS = ("auto", "none", "layer", "channel")
+TARGET_NORMS = ("auto", "none", "layer", "channel", "instance")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class ObjectiveConfig:
     target_norm: str = field(
         default="auto",
         metadata={
-            "help": "auto | none | layer | channel; auto: none for fast, layer for clip and ema, per patch for pixel"
+            "help": "auto | none | layer | channel (fast, clip) | instance (ema); auto: none for fast, layer for clip "
+            "and ema, per patch for pixel"
         },
     )
     target_samples: int = field(
@@ -129,7 +130,10 @@ def check_objective(config: ObjectiveConfig) -> None:
         raise ConfigError("objective.target_norm", config.target_norm, "must be auto when objective.kind is pixel")
     if config.kind == "ema" and config.target_norm == "channel":
         hint = "The teacher changes during the run, so its channel statistics would too."
-        raise ConfigError("objective.target_norm", config.target_norm, "must be layer or none for ema", hint)
+        raise ConfigError("objective.target_norm", config.target_norm, "must be layer, instance or none for ema", hint)
+    if config.kind in ("fast", "clip") and config.target_norm == "instance":
+        allowed = f"must be none, layer or channel when objective.kind is {config.kind}"
+        raise ConfigError("objective.target_norm", config.target_norm, allowed)
     if len(config.level_weights) != 3 or min(config.level_weights) < 0 or sum(config.level_weights) <= 0:
         allowed = "must be three weights, none negative, not all zero"
         raise ConfigError("objective.level_weights", config.level_weights, allowed)

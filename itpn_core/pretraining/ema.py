@@ -6,6 +6,7 @@ normalisation, level weights and predictors are ours (docs/pretraining.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,19 @@ from itpn_core.models.layers import layer_norm
 from itpn_core.models.layout import to_map
 from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.config import ObjectiveConfig
-from itpn_core.pretraining.targets import plain_layer_norm, smooth_l1
+from itpn_core.pretraining.targets import plain_instance_norm, plain_layer_norm, smooth_l1
 from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
 from itpn_core.random import derive
 from itpn_core.task import TaskOutput
 
 LEVELS = ("p16", "p8", "p4")
+
+_NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "auto": plain_layer_norm,
+    "layer": plain_layer_norm,
+    "instance": plain_instance_norm,
+    "none": lambda level: level,
+}
 
 
 class HeadlessStudent(FastStudent):
@@ -42,7 +50,8 @@ class EmaTask(PretrainTask):
     """EMA MFM: SmoothL1 to the moving average's features of the whole image, over the cells of masked patches.
 
     The student sees the masked image; the teacher, in evaluation mode, the same crop without a mask. Targets are the
-    three pyramid levels, LayerNorm without affine per cell. Each level's loss is a mean over its cells and channels.
+    three pyramid levels, LayerNorm without affine per cell, or with `target_norm=instance` standardised per image and
+    channel. Each level's loss is a mean over its cells and channels.
 
     Args:
         model: shape of the student (family "fast").
@@ -58,6 +67,7 @@ class EmaTask(PretrainTask):
             predictor(config.pyramid_dim) if config.ema_predictor else nn.Identity() for _ in LEVELS
         )
         self.ema = EmaTeacher(student)
+        self._norm = _NORMS[config.target_norm]
         self._weights = tuple(weight / sum(config.level_weights) for weight in config.level_weights)
 
     @torch.no_grad()
@@ -65,7 +75,7 @@ class EmaTask(PretrainTask):
         """Features of the moving average per level: [B, N, S, F] with S = 1, 4, 16 cells per patch."""
         _, _, levels = self.ema.module.encode(self.normalise(images_B3HW))
         levels = [at_least_float32(level) for level in levels]
-        return tuple(levels if self.config.target_norm == "none" else map(plain_layer_norm, levels))
+        return tuple(self._norm(level) for level in levels)
 
     def _masked_patches(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
         """Cells of the masked patches [B, M, S, F]; M is the same for every sample, so shapes stay static."""

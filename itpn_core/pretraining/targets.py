@@ -28,6 +28,16 @@ def plain_layer_norm(x_BNC: Tensor) -> Tensor:
     return F.layer_norm(x_BNC, x_BNC.shape[-1:], eps=NORM_EPS)
 
 
+def plain_instance_norm(x_BNSC: Tensor) -> Tensor:
+    """Each channel to mean 0 and variance 1 over one image's own cells (all axes between first and last).
+
+    Takes away what all cells of an image share, which a student would otherwise learn first and which hides the rest
+    (data2vec, arXiv 2202.03555, normalises its targets alike).
+    """
+    variance, mean = torch.var_mean(x_BNSC, dim=tuple(range(1, x_BNSC.dim() - 1)), correction=0, keepdim=True)
+    return (x_BNSC - mean) * (variance + NORM_EPS).rsqrt()
+
+
 class ChannelStatistics:
     """Mean and standard deviation of each channel over a fixed list of samples, summed in float64.
 

@@ -192,6 +192,15 @@ def test_ema_loss_compares_masked_cells_of_three_levels():
     assert torch.allclose(output.loss_B, 0.5 * p16 + 0.25 * p8 + 0.25 * p4)
 
 
+def test_ema_instance_targets_are_standardised_per_image_and_channel():
+    task = make("ema", target_norm="instance").eval()
+    images, _ = batch()
+    for whole, alone in zip(task.targets(images), task.targets(images[:1]), strict=True):
+        assert torch.allclose(whole.mean((1, 2)), torch.zeros(()), atol=1e-4)
+        assert torch.allclose(whole.var((1, 2), correction=0), torch.ones(()), atol=1e-2)
+        assert torch.allclose(whole[:1], alone, atol=1e-4)  # other images of the batch do not matter
+
+
 def test_ema_teacher_is_the_moving_average_and_starts_as_the_student():
     task = make("ema", ema_momentum=0.5, ema_momentum_end=0.5).eval()
     images, _ = batch(2)
@@ -297,7 +306,8 @@ def test_figure_and_health_have_what_a_picture_needs(kind):
         ("fast", {"mask_ratio": 0.01}, "at least one and not all of the 16 patches"),
         ("fast", {"loss_tokens": "visible"}, "must be one of masked, all"),
         ("ema", {"loss_tokens": "all"}, "must be masked when objective.kind is ema"),
-        ("ema", {"target_norm": "channel"}, "must be layer or none for ema"),
+        ("ema", {"target_norm": "channel"}, "must be layer, instance or none for ema"),
+        ("fast", {"target_norm": "instance"}, "must be none, layer or channel when objective.kind is fast"),
         ("pixel", {"target_norm": "layer"}, "must be auto when objective.kind is pixel"),
         ("ema", {"level_weights": (1.0, 1.0)}, "must be three weights"),
         ("ema", {"guard_steps": 0}, "objective.guard_steps = 0: must be at least 1"),
