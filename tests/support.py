@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -91,3 +92,15 @@ class LocalRun:
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """Keeps the metrics."""
         self.reports.append({**metrics, "checkpoint_step": float(checkpoint_step)})
+
+
+def losses(run):
+    """All losses that rank 0 wrote to its journals, by step; a step that was done twice must have equal values."""
+    found = {}
+    for path in sorted((run.directory / "track" / "journal").rglob("*.jsonl")):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] == "metrics" and "train/loss" in record["values"]:
+                step, value = record["step"], record["values"]["train/loss"]
+                assert found.setdefault(step, value) == value, f"step {step} was redone with another loss"
+    return found

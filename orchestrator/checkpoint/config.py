@@ -13,3 +13,11 @@ class CheckpointConfig:
     every_steps: int = field(default=0, metadata={"help": "save after every N steps; 0 = not by step"})
     every_minutes: float = field(default=15.0, metadata={"help": "save when the last save is older; 0 = not by time"})
     keep: int = field(default=3, metadata={"help": "newest committed checkpoints that are kept"})
+    retry_s: float = field(default=30.0, metadata={"help": "a save that failed is tried again after this many seconds"})
+    max_age_s: float = field(
+        default=3600.0,
+        metadata={"help": "saves may fail this long after the last commit; then the run ends as failed"},
+    )
+    stop_deadline_s: float = field(
+        default=120.0, metadata={"help": "how long a stop request tries to save before the run ends as failed"}
+    )

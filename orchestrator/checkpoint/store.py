@@ -12,11 +12,14 @@ before it is used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,19 @@ class Snapshot:
     """JSON values."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What one committed save took, all of it beside the training."""
+
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+
+
+def _nothing() -> None:
+    """Nothing has to happen before the commit."""
+
+
 class CheckpointStore:
     """Saves in the background, lists, verifies and loads checkpoints of one run.
 
@@ -67,22 +83,40 @@ class CheckpointStore:
         """Step of the newest checkpoint this process committed; -1 before the first."""
         self.last_requested = -1
         """Step of the newest snapshot that was handed over."""
+        self.failure: StorageError | None = None
+        """Why the newest finished save failed; None when it was committed."""
+        self.failures = 0
+        """Saves of this process that failed."""
+        self.passed_over: list[str] = []
+        """What `load_newest` found damaged, a line each."""
+        self.last_save: Saved | None = None
+        """Size and cost of the newest committed save."""
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Starts to write a snapshot; waits only when the previous one is still being written.
+    @property
+    def busy(self) -> bool:
+        """Whether a snapshot is still being written."""
+        return self._pending is not None and not self._pending.done()
 
-        Raises:
-            StorageError: the previous save failed.
+    def save(self, snapshot: Snapshot, before_commit: Callable[[], None] = _nothing) -> None:
+        """Starts to write a snapshot and returns; waits only when the previous one is still being written.
+
+        Args:
+            snapshot: what to write.
+            before_commit: called on the writing thread; the checkpoint is committed only when it succeeds.
         """
         self.wait()
         self.last_requested = snapshot.step
-        self._pending = self._pool.submit(self._write, snapshot)
+        self._pending = self._pool.submit(self._try_write, snapshot, before_commit)
 
-    def wait(self) -> None:
-        """Blocks until nothing is being written; raises what the writing raised."""
+    def wait(self, timeout: float | None = None) -> bool:
+        """Blocks until nothing is being written, at most `timeout` seconds; says whether that is so."""
         if self._pending is not None:
+            done, _ = wait([self._pending], timeout)
+            if not done:
+                return False
             pending, self._pending = self._pending, None
             pending.result()
+        return True
 
     def close(self) -> None:
         """Waits for the last save and ends the background thread."""
@@ -102,7 +136,9 @@ class CheckpointStore:
             try:
                 return self.load(step)
             except CheckpointError as error:
-                log.warning("checkpoint at step %d is damaged and is passed over: %s", step, error)
+                line = f"the checkpoint of step {step} is damaged and is passed over: {error}"
+                log.warning(line)
+                self.passed_over.append(line)
         return None
 
     def load(self, step: int) -> Snapshot:
@@ -124,7 +160,24 @@ class CheckpointStore:
                 raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
         return Snapshot(step, tensors, state)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _try_write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> None:
+        """Writes, and keeps a storage failure for whoever asks: training does not end because of it."""
+        began, cpu = time.perf_counter(), time.thread_time()
+        try:
+            size = self._write(snapshot, before_commit)
+        except (StorageError, OSError, SafetensorError) as error:
+            # safetensors wraps a full disk in an error of its own.
+            self.failure = error if isinstance(error, StorageError) else StorageError(f"cannot write: {error}")
+            self.failures += 1
+            log.warning("the checkpoint of step %d was not saved: %s", snapshot.step, self.failure)
+            self._discard(snapshot.step)
+            return
+        self.failure = None
+        self.last_committed = snapshot.step
+        self.last_save = Saved(size, time.perf_counter() - began, time.thread_time() - cpu)
+        self._retire()
+
+    def _write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> int:
         where = f"checkpoints/{_name(snapshot.step)}"
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             tensors, state = Path(scratch, TENSORS), Path(scratch, STATE)
@@ -135,17 +188,25 @@ class CheckpointStore:
             self._folder.delete([f"{where}/{MARKER}"])
             for path in (tensors, state):
                 self._folder.put(f"{where}/{path.name}", path)
+        before_commit()
         marker = json.dumps({"version": 1, "step": snapshot.step, "files": files})
         self._folder.put(f"{where}/{MARKER}", marker.encode())
-        self.last_committed = snapshot.step
-        self._retire()
+        return sum(file["bytes"] for file in files.values())
+
+    def _discard(self, step: int) -> None:
+        """Removes what a failed save left, so that it does not fill the disk; best effort, as storage is in trouble."""
+        with contextlib.suppress(StorageError):
+            self._folder.delete_tree(f"checkpoints/{_name(step)}")
 
     def _retire(self) -> None:
-        for step in self.steps()[: -self._keep]:
-            # The marker goes first: a half-deleted checkpoint must not look committed.
-            where = f"checkpoints/{_name(step)}"
-            self._folder.delete([f"{where}/{MARKER}"])
-            self._folder.delete_tree(where)
+        try:
+            for step in self.steps()[: -self._keep]:
+                # The marker goes first: a half-deleted checkpoint must not look committed.
+                where = f"checkpoints/{_name(step)}"
+                self._folder.delete([f"{where}/{MARKER}"])
+                self._folder.delete_tree(where)
+        except StorageError as error:
+            log.warning("old checkpoints were not removed: %s", error)
 
 
 def _name(step: int) -> str:

@@ -39,3 +39,7 @@ class IntegrityError(DataError):
 
 class QuarantineError(DataError):
     """More samples are damaged than the configuration allows."""
+
+
+class StorageGoneError(UserError):
+    """Storage stayed away longer than the settings allow: the run ends as failed, its last commit intact."""

@@ -100,17 +100,20 @@ class Folder:
 
     def delete(self, keys: Iterable[str]) -> None:
         """Removes objects; what is not there is no error."""
-        try:
-            for key in keys:
+        for key in keys:
+            try:
                 self._store.delete(key)
-        except FileNotFoundError:
-            return
-        except (BaseError, OSError) as error:
-            raise StorageError(f"cannot delete in {self.uri}: {_short(error)}") from error
+            except FileNotFoundError:
+                continue
+            except (BaseError, OSError) as error:
+                raise StorageError(f"cannot delete {self.uri}/{key}: {_short(error)}") from error
 
     def delete_tree(self, prefix: str) -> None:
         """Removes every object below `prefix`, and the empty local directory that is left."""
-        keys = [item["path"] for batch in self._store.list(f"{prefix}/") for item in batch]
+        try:
+            keys = [item["path"] for batch in self._store.list(f"{prefix}/") for item in batch]
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot list {self.uri}/{prefix}: {_short(error)}") from error
         self.delete(keys)
         path = self.local_path(prefix)
         if path is not None and path.is_dir() and not any(path.iterdir()):

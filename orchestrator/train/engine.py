@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from itpn_core.errors import CollapseError, UserError
-from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.store import CheckpointStore, Snapshot
 from orchestrator.config.tree import JobConfig
+from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.order import SampleOrder
@@ -23,6 +24,7 @@ from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Kind, open_kind
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
 from orchestrator.train.records import RunRecords
+from orchestrator.train.saving import Saver, load_agreed
 from orchestrator.train.state import TrainState, WeightAverage
 from orchestrator.train.step import Step
 from orchestrator.train.window import Window
@@ -65,6 +67,7 @@ class Engine:
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
+        self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
         self.records = RunRecords(config, run, manifest, self.kind)
         self._collapsed = ""
         self._loader: Loader | None = None
@@ -73,7 +76,6 @@ class Engine:
         self._clock = time.perf_counter()
         self._window_clock = self._clock
         self._waited = 0.0
-        self._saved_at = self._clock
 
     def __enter__(self) -> Engine:
         self._exit.callback(self.checkpoints.close)
@@ -87,7 +89,7 @@ class Engine:
 
     def restore(self) -> None:
         """Loads the newest whole checkpoint, or does what a fresh run begins with."""
-        snapshot = self.checkpoints.load_newest()
+        snapshot = load_agreed(self.checkpoints, self.run)
         if snapshot is not None:
             self.state.restore(snapshot)
             self.run.note(f"resumed from the checkpoint of step {self.state.step} of {self.total}")
@@ -97,7 +99,7 @@ class Engine:
         self.step_fn = Step(
             self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
         )
-        self._clock = self._saved_at = time.perf_counter()
+        self._clock = time.perf_counter()
         self.records.started(self.state, self.total, self.peak_lr)
 
     @property
@@ -164,15 +166,20 @@ class Engine:
         Raises:
             UserError: the guard's budget of refused steps is spent.
             CollapseError: the features have lost their spread.
+            StorageGoneError: no checkpoint could be committed for too long.
         """
         assert self.window is not None  # noqa: S101 -- window_due() said so
         leads = self.run.rank == 0
         reason = self.run.stop_reason() if leads else ""
-        reading = self.window.read([bool(reason), leads and self._save_due(), leads and self._collapse()])
+        overdue = self.saver.overdue() if leads else ""
+        flags = [bool(reason), leads and self._save_due(), leads and self._collapse(), bool(overdue)]
+        reading = self.window.read(flags)
         now = time.perf_counter()
         seconds, self._window_clock = max(now - self._window_clock, 1e-9), now
-        self._take(reading.rows, seconds)
-        stop, save, collapsed = reading.flags
+        self._account(reading.rows, seconds)
+        stop, save, collapsed, gone = reading.flags
+        if gone:
+            raise StorageGoneError(overdue or "rank 0 could not commit a checkpoint for too long")
         if collapsed:
             raise CollapseError(self._collapsed or "rank 0 found that the features have collapsed")
         return (reason or "stop requested") if stop else "", save
@@ -192,7 +199,7 @@ class Engine:
             return True
         return False
 
-    def _take(self, rows: list[dict[str, float]], seconds: float) -> None:
+    def _account(self, rows: list[dict[str, float]], seconds: float) -> None:
         state, batch = self.state, self.config.train.global_batch
         first = state.step - len(rows)
         for offset, row in enumerate(rows):
@@ -226,12 +233,8 @@ class Engine:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_due(self) -> bool:
-        config, step = self.config.checkpoint, self.state.step
-        if step % self.steps_per_epoch == 0:
-            return False  # the end of an epoch decides by itself
-        by_step = config.every_steps > 0 and step % config.every_steps < self.config.train.log_every
-        by_time = config.every_minutes > 0 and time.perf_counter() - self._saved_at > 60 * config.every_minutes
-        return by_step or by_time
+        # The end of an epoch decides by itself.
+        return self.state.step % self.steps_per_epoch != 0 and self.saver.due(self.state.step)
 
     def epoch_save_due(self) -> bool:
         """Whether the end of this epoch, or of the run, calls for a checkpoint."""
@@ -241,10 +244,16 @@ class Engine:
     def save(self) -> None:
         """Copies the state to the host and lets a background thread write it (rank 0)."""
         self._merge_quarantined()
-        if self.run.rank == 0 and self.checkpoints.last_requested != self.state.step:
-            self.checkpoints.save(self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}))
-            self.records.commit()
-        self._saved_at = time.perf_counter()
+        if self.run.rank == 0:
+            self.saver.save(self.state.step, self._take)
+
+    def _take(self) -> tuple[Snapshot, Callable[[], None]]:
+        return self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}), self.records.commit()
+
+    def _settle(self, *, stopping: bool) -> None:
+        """Waits until the state is on storage; the other ranks have nothing to add and need not wait."""
+        if self.run.rank == 0:
+            self.saver.settle(self.state.step, self._take, stopping=stopping)
 
     def _merge_quarantined(self) -> None:
         """Makes the list of holes the same on all ranks before it is saved; nothing to do without a budget."""
@@ -286,20 +295,19 @@ class Engine:
             state.average.swap()
         self._evaluated = state.step
         self.records.evaluation(state, metrics)
-        self.checkpoints.wait()
         self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
 
     # -- end --------------------------------------------------------------------------------------------------------
 
     def stopped(self, reason: str) -> Outcome:
         """Ends early, after the checkpoint is on storage."""
-        self.checkpoints.wait()
+        self._settle(stopping=True)
         self.records.state("stopped", reason)
         return self._outcome(reason)
 
     def finish(self) -> Outcome:
         """Ends the run: exports the final weights and sums up."""
-        self.checkpoints.wait()
+        self._settle(stopping=False)
         self.records.final(self.state)
         return self._outcome("")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,15 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.metrics(state.step, metrics)
 
-    def commit(self) -> None:
-        """Copies closed journal segments to run storage, so that they outlive this host's disk."""
-        if self._recorder is None:
-            return
-        segments = self._recorder.close_segment()
+    def commit(self) -> Callable[[], None]:
+        """Closes the journal's segment; the returned call copies closed segments to run storage.
+
+        They outlive this host's disk there. The call may wait for the network: it belongs on another thread.
+        """
+        segments = self._recorder.close_segment() if self._recorder else []
+        return lambda: self._upload(segments)
+
+    def _upload(self, segments: list[Path]) -> None:
         if self._run.folder.local_path() is None:
             for path in segments:
                 if path not in self._committed:

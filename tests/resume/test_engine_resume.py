@@ -1,6 +1,5 @@
 """The engine stopped anywhere and started again walks the very same curve."""
 
-import json
 import shutil
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from orchestrator.checkpoint.store import MARKER, TENSORS, CheckpointError, CheckpointStore
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
-from tests.support import LocalRun, tiny_config, write_shards
+from tests.support import LocalRun, losses, tiny_config, write_shards
 
 
 class Killed(BaseException):
@@ -18,18 +17,6 @@ class Killed(BaseException):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data"))
-
-
-def losses(run):
-    """All losses that rank 0 wrote to its journals, by step; a step that was done twice must have equal values."""
-    found = {}
-    for path in sorted((run.directory / "track" / "journal").rglob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            if record["kind"] == "metrics" and "train/loss" in record["values"]:
-                step, value = record["step"], record["values"]["train/loss"]
-                assert found.setdefault(step, value) == value, f"step {step} was redone with another loss"
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +76,8 @@ def test_damaged_checkpoint_is_passed_over(data, uninterrupted, tmp_path, caplog
     second = LocalRun(config, attempt=2)
     assert train(config, second).step == 8
     assert "damaged" in caplog.text
-    assert second.notes[0] == "resumed from the checkpoint of step 4 of 8"
+    assert "warning: the checkpoint of step 8 is damaged and is passed over" in second.notes[0]
+    assert second.notes[1] == "resumed from the checkpoint of step 4 of 8"
     assert losses(second) == uninterrupted
 
 

@@ -1,0 +1,151 @@
+"""When to save, and what happens while storage fails: training goes on and the save is tried again, within limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from orchestrator.checkpoint.config import CheckpointConfig
+from orchestrator.checkpoint.store import CheckpointStore, Snapshot
+from orchestrator.data.errors import StorageGoneError
+from orchestrator.train.context import RunContext
+
+Take = Callable[[], tuple[Snapshot, Callable[[], None]]]
+"""Copies the state to the host; with it comes what must be on storage before that checkpoint counts."""
+
+
+def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
+    """The newest whole checkpoint by rank 0's judgement, loaded on every rank; None for a fresh run.
+
+    Each rank judging for itself could start from another step when a read fails in one place only.
+
+    Raises:
+        CheckpointError: another rank cannot read what rank 0 could.
+    """
+    snapshot = store.load_newest() if run.rank == 0 else None
+    for line in store.passed_over:
+        run.note(f"warning: {line}")
+    if snapshot is not None:
+        store.last_requested = store.last_committed = snapshot.step
+    if run.world == 1:
+        return snapshot
+    chosen = [snapshot.step if snapshot else -1]
+    dist.broadcast_object_list(chosen)
+    return snapshot if run.rank == 0 or chosen[0] < 0 else store.load(chosen[0])
+
+
+class Saver:
+    """Rank 0's decisions about checkpoints; knows nothing of what is in them.
+
+    Args:
+        config: triggers, retries and limits.
+        store: writes in the background.
+        window: steps between two questions whether a save is due; a step trigger may be up to so many steps late.
+        note: tells a person.
+        clock: seconds; monotonic.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        store: CheckpointStore,
+        window: int,
+        note: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._window = window
+        self._note = note
+        self._clock = clock
+        self._requested_at = self._committed_at = clock()
+        self._told = 0
+        self._missed = False
+        self.blocked_seconds: list[float] = []
+        """How long each save held up the training thread."""
+
+    def due(self, step: int) -> bool:
+        """Whether to save now, in mid-epoch: by step, by time, or because the last save failed or found no room."""
+        self._watch()
+        since = self._clock() - self._requested_at
+        by_step = self._config.every_steps > 0 and step % self._config.every_steps < self._window
+        by_time = self._config.every_minutes > 0 and since > 60 * self._config.every_minutes
+        again = self._store.failure is not None and since > self._config.retry_s
+        wanted = by_step or by_time or again or self._missed
+        # A save that waits for the one before would hold up the training; it stays due until it finds its turn.
+        self._missed = wanted and self._store.busy
+        return wanted and not self._missed
+
+    def save(self, step: int, take: Take, *, wait: bool = False) -> None:
+        """Copies the state and hands it to the background; does nothing while an earlier save is being written.
+
+        Args:
+            step: position of the state.
+            take: copies the state.
+            wait: wait for the earlier save instead of doing nothing.
+        """
+        began = time.perf_counter()
+        if wait:
+            self._store.wait()
+        if self._store.busy:
+            self._missed = True
+            return
+        if self._store.last_requested == step and self._store.failure is None:
+            return
+        self._missed = False
+        self._requested_at = self._clock()
+        self._store.save(*take())
+        self.blocked_seconds.append(time.perf_counter() - began)
+
+    def overdue(self) -> str:
+        """What to tell when no save has succeeded for longer than allowed; "" while all is well."""
+        self._watch()
+        age = self._clock() - self._committed_at
+        if self._store.failure is None or age <= self._config.max_age_s:
+            return ""
+        return self._gone(age, f"checkpoint.max_age_s={self._config.max_age_s:g}")
+
+    def settle(self, step: int, take: Take, *, stopping: bool) -> None:
+        """Brings the state of `step` onto storage, however often that takes, within the limits.
+
+        Args:
+            step: position of the state.
+            take: copies the state.
+            stopping: a stop request has less time than the end of a run.
+
+        Raises:
+            StorageGoneError: storage did not take it in time.
+        """
+        key = "stop_deadline_s" if stopping else "max_age_s"
+        limit = float(getattr(self._config, key))
+        began = self._clock()
+        while True:
+            self.save(step, take, wait=True)
+            done = self._store.wait(max(0.0, limit - (self._clock() - began)))
+            self._watch()
+            if done and self._store.last_committed == step:
+                return
+            left = limit - (self._clock() - began)
+            if left <= 0:
+                raise StorageGoneError(self._gone(self._clock() - self._committed_at, f"checkpoint.{key}={limit:g}"))
+            time.sleep(min(self._config.retry_s, left))
+
+    def _watch(self) -> None:
+        """Notices what the background has come to since the last look."""
+        if not self._store.busy and self._store.failure is None and self._store.last_committed >= 0:
+            self._committed_at = max(self._committed_at, self._requested_at)
+        if self._store.failures > self._told and self._store.failure is not None:
+            self._told = self._store.failures
+            self._note(
+                f"warning: a checkpoint was not saved ({self._store.failure}); training goes on, "
+                f"next try in {self._config.retry_s:g} s"
+            )
+
+    def _gone(self, age: float, limit: str) -> str:
+        return (
+            f"no checkpoint could be committed for {age:.0f} s, longer than {limit} allows "
+            f"({self._store.failures} saves failed; the last: {self._store.failure or 'it hangs'}). "
+            "The last committed checkpoint is intact: repair the storage and type the same command again"
+        )
