@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from itpn_core.benchmark.timing import Spread, interleaved_seconds, machine, peak_bytes, ratios
 from itpn_core.evaluation import count_flops
+from itpn_core.evaluation.peaks import listed_peak
 from itpn_core.models import ModelConfig, PixelStudent, for_inference
 
 OURS = ("fast_itpn_base_3324_patch16_224", "itpn_base_3324_patch16_224")
@@ -27,8 +28,6 @@ OTHERS = ("vit_base_patch16_224", "hiera_base_224", "swin_base_patch4_window7_22
 FOLDED = " (for_inference)"
 COMPILED = " (compiled)"
 _BATCH = {"cpu": 2, "cuda": 128}
-# Dense bf16 TFLOP/s of the vendors' data sheets; the longer name first.
-_PEAKS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0}
 # What REFERENCE-style cost estimates take as a reachable dense rate of an H100.
 _H100_ESTIMATE = 790.0
 _MASKED = 0.75
@@ -149,8 +148,7 @@ def peak_tflops(device: torch.device) -> float:
     """The vendor's dense bf16 rate; 0 where it is not known (then no share is printed)."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in _PEAKS.items() if part in name), 0.0)
+    return listed_peak(torch.cuda.get_device_name(device))
 
 
 def sparse_table(images: Tensor, rounds: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -53,7 +53,12 @@ def end_table(config: JobConfig, folder: Folder, outcome: dict[str, Any]) -> str
         ),
         ("loss", f"{outcome['first_loss']:.4f} -> {outcome['last_loss']:.4f}"),
         ("images/s", f"{outcome['images_per_second']:.0f}"),
+        ("time of all ranks", outcome["goodput"]),
     ]
+    if outcome["mfu"]:
+        rows.append(("utilisation", f"{100 * outcome['mfu']:.1f} % of the devices' peak (MFU)"))
+    if outcome["restarts"]:
+        rows.append(("restarts", f"{outcome['restarts']}, {outcome['redone_steps']} steps done again"))
     rows += [(name, _accuracy(*value)) for name, value in outcome["scores"].items()]
     rows += [("difference", line) for line in outcome["differences"]]
     rows.append(("protocol", outcome["protocol"]))

@@ -36,6 +36,20 @@ class GuardConfig:
     skip_budget: int = field(
         default=0, metadata={"help": "steps with a non-finite or spiking gradient that may be skipped before a stop"}
     )
+    hang_s: float = field(
+        default=300.0,
+        metadata={
+            "affects_result": False,
+            "help": "a rank without progress for this long, and for 10 median steps, is ended; 0 = never",
+        },
+    )
+    compile_s: float = field(
+        default=1800.0, metadata={"affects_result": False, "help": "as hang_s, for compiling and for the first step"}
+    )
+    evaluate_s: float = field(default=3600.0, metadata={"affects_result": False, "help": "as hang_s, for evaluation"})
+    restore_s: float = field(
+        default=7200.0, metadata={"affects_result": False, "help": "as hang_s, for starting, saving and the end"}
+    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,13 @@ class TrainConfig:
     threads: int = field(
         default=0,
         metadata={"affects_result": False, "help": "CPU threads per worker; 0 = the CPUs the worker was given"},
+    )
+    peak_tflops: float = field(
+        default=0.0,
+        metadata={
+            "affects_result": False,
+            "help": "peak TFLOP/s of one device that utilisation (MFU) is measured against; 0 = from a list of GPUs",
+        },
     )
     max_steps: int = field(default=0, metadata={"help": "stop after this many steps in all; 0 = train.epochs decides"})
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig, metadata={"help": "AdamW and its schedule"})

@@ -6,10 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from itpn_core.errors import CollapseError, UserError
@@ -18,35 +15,21 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
-from orchestrator.data.order import SampleOrder
 from orchestrator.data.views import train_view
+from orchestrator.train.build import build_state, training_order
 from orchestrator.train.context import RunContext
-from orchestrator.train.kind import Kind, open_kind
-from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr
+from orchestrator.train.goodput import Goodput
+from orchestrator.train.kind import open_kind
+from orchestrator.train.monitor import Monitor
+from orchestrator.train.optimizer import peak_lr
+from orchestrator.train.outcome import Outcome
 from orchestrator.train.records import RunRecords
 from orchestrator.train.saving import Saver, load_agreed
-from orchestrator.train.state import TrainState, WeightAverage
 from orchestrator.train.step import Step
+from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run (or one attempt at it) came to."""
-
-    step: int
-    stopped: str
-    """Reason of a stop request; "" when the run is complete."""
-    seconds: float
-    first_loss: float
-    last_loss: float
-    images_per_second: float
-    scores: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Accuracy and its standard error by what was measured."""
-    differences: list[str] = field(default_factory=list)
-    protocol: str = ""
 
 
 class Engine:
@@ -55,6 +38,9 @@ class Engine:
     def __init__(self, config: JobConfig, run: RunContext) -> None:
         self.config = config
         self.run = run
+        self.goodput = Goodput(run)
+        self.goodput.watch.enter("restart")  # until `restore` is done
+        self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch)
         self._exit = ExitStack()
         manifest = Manifest.load(config.data.source, config.data.store)
         self.train_split = manifest.split(config.data.train_split)
@@ -69,15 +55,16 @@ class Engine:
         self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
         self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
         self.records = RunRecords(config, run, manifest, self.kind)
-        self._collapsed = ""
+        self.monitor = Monitor(
+            config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.peak_lr,
+            self.order,
+        )  # fmt: skip
         self._loader: Loader | None = None
         self._evaluated = -1
-        self._watched_step = -1
-        self._clock = time.perf_counter()
-        self._window_clock = self._clock
-        self._waited = 0.0
 
     def __enter__(self) -> Engine:
+        self._exit.callback(self.watchdog.close)
+        self._exit.callback(self.goodput.close)
         self._exit.callback(self.checkpoints.close)
         self._exit.callback(self.records.close)
         return self
@@ -89,6 +76,8 @@ class Engine:
 
     def restore(self) -> None:
         """Loads the newest whole checkpoint, or does what a fresh run begins with."""
+        self.watchdog.begin()
+        self.watchdog.collective("choice of the checkpoint")
         snapshot = load_agreed(self.checkpoints, self.run)
         if snapshot is not None:
             self.state.restore(snapshot)
@@ -96,11 +85,14 @@ class Engine:
         else:
             self.kind.start(self.state.task)
             self.state.average.restart()
+        self.goodput.resume(self.state.ledger, self.state.step)
         self.step_fn = Step(
             self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
         )
-        self._clock = time.perf_counter()
+        if self.run.rank == 0:
+            self.monitor.measure_utilisation()
         self.records.started(self.state, self.total, self.peak_lr)
+        self.goodput.watch.leave()
 
     @property
     def epoch(self) -> int:
@@ -118,8 +110,17 @@ class Engine:
         """This rank's parts of the global batches from the current position to the end of the epoch or run."""
         first = self.state.step % self.steps_per_epoch
         stop = min(self.steps_per_epoch, first + self.total - self.state.step)
-        self._window_clock = time.perf_counter()
-        loader = open_loader(
+        self.monitor.begin()
+        with self.goodput.span("data"):
+            loader = self._open_loader(first, stop)
+        try:
+            yield self._timed(loader)
+        finally:
+            with self.goodput.span("data"):
+                loader.close()
+
+    def _open_loader(self, first: int, stop: int) -> Loader:
+        self._loader = open_loader(
             self.config.data,
             self.train_split,
             seed=self.config.train.seed,
@@ -133,13 +134,18 @@ class Engine:
             quarantined=self.state.quarantined,
             pairs=self.state.task.paired,
         )
-        self._loader = loader
-        with loader as batches:
-            yield batches
+        return self._loader
 
-    def waited(self, seconds: float) -> None:
-        """Counts time in which the step had no data."""
-        self._waited += seconds
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Hands the batches on, and counts the time in which the step had none."""
+        while True:
+            asked = time.perf_counter()
+            with self.goodput.span("data"):
+                batch = next(batches, None)
+            self.monitor.waited(time.perf_counter() - asked)
+            if batch is None:
+                return
+            yield batch
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -147,10 +153,14 @@ class Engine:
         """One optimizer step; its losses stay on the device."""
         assert self.step_fn is not None  # noqa: S101 -- restore() comes first
         count = self.order.batch_size(batch.index, self.config.train.global_batch)
-        values = self.step_fn(batch, count)
-        if self.window is None:
-            self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
-        self.window.add(values)
+        self.watchdog.take_up(batch.ids.tolist())
+        self.watchdog.collective(f"gradients of step {self.state.step}")
+        with self.goodput.span("compute"):
+            values = self.step_fn(batch, count)
+            if self.window is None:
+                self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
+            self.window.add(values)
+        self.watchdog.stepped(self.state.step)
 
     def window_due(self) -> bool:
         """Whether it is time to look at the losses: the window is full, or an epoch or the run ends."""
@@ -172,63 +182,18 @@ class Engine:
         leads = self.run.rank == 0
         reason = self.run.stop_reason() if leads else ""
         overdue = self.saver.overdue() if leads else ""
-        flags = [bool(reason), leads and self._save_due(), leads and self._collapse(), bool(overdue)]
-        reading = self.window.read(flags)
-        now = time.perf_counter()
-        seconds, self._window_clock = max(now - self._window_clock, 1e-9), now
-        self._account(reading.rows, seconds)
+        self.watchdog.collective(f"losses up to step {self.state.step}")
+        with self.goodput.span("compute"):
+            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), bool(overdue)]
+            reading = self.window.read(flags, self.goodput.sums())
+            self.goodput.take(reading.sums, self.state.step)
+            self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics())
         stop, save, collapsed, gone = reading.flags
         if gone:
             raise StorageGoneError(overdue or "rank 0 could not commit a checkpoint for too long")
         if collapsed:
-            raise CollapseError(self._collapsed or "rank 0 found that the features have collapsed")
+            raise CollapseError(self.monitor.collapse or "rank 0 found that the features have collapsed")
         return (reason or "stop requested") if stop else "", save
-
-    def _collapse(self) -> bool:
-        """Whether a task that is watched has lost the spread of its features; rank 0 looks every 25 steps."""
-        state = self.state
-        if not state.task.watched or state.step // 25 == self._watched_step // 25:
-            return False
-        self._watched_step = state.step
-        health = self.kind.health(state.task)
-        self.records.health(state.step, health)
-        try:
-            state.task.watch(state.step, health)
-        except CollapseError as error:
-            self._collapsed = str(error)
-            return True
-        return False
-
-    def _account(self, rows: list[dict[str, float]], seconds: float) -> None:
-        state, batch = self.state, self.config.train.global_batch
-        first = state.step - len(rows)
-        for offset, row in enumerate(rows):
-            if row["skipped"]:
-                state.skipped.append(first + offset)
-        # Single steps are noisy; the first and the last window stand for the start and the end.
-        state.last_loss = sum(row["loss"] for row in rows) / len(rows)
-        if state.first_loss is None:
-            state.first_loss = state.last_loss
-        speed = len(rows) * batch / seconds
-        state.seconds += seconds
-        wait, self._waited = self._waited / seconds, 0.0
-        lrs = [self.peak_lr * lr_factor(first + i, self.total, self.config.train.optimizer) for i in range(len(rows))]
-        self.records.window(first, rows, lrs, speed, wait)
-        if self.run.rank == 0:
-            self.run.progress(
-                "training", step=state.step, total=self.total, epoch=(state.step - 1) // self.steps_per_epoch,
-                loss=rows[-1]["loss"], speed=speed, seconds_per_step=seconds / len(rows),
-            )  # fmt: skip
-        self._check_budget()
-
-    def _check_budget(self) -> None:
-        budget = self.config.train.guard.skip_budget
-        if len(self.state.skipped) > budget:
-            raise UserError(
-                f"the gradient was not finite or spiked at step {self.state.skipped[-1]} (in all at steps "
-                f"{self.state.skipped}); the weights were not changed by it. train.guard.skip_budget={budget} allows "
-                "no more: lower train.optimizer.lr, look at the samples of that step, or raise the budget"
-            )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -243,17 +208,23 @@ class Engine:
 
     def save(self) -> None:
         """Copies the state to the host and lets a background thread write it (rank 0)."""
-        self._merge_quarantined()
-        if self.run.rank == 0:
-            self.saver.save(self.state.step, self._take)
+        with self.goodput.span("checkpoint"):
+            self._merge_quarantined()
+            if self.run.rank == 0:
+                self.saver.save(self.state.step, self._take)
 
     def _take(self) -> tuple[Snapshot, Callable[[], None]]:
+        self.state.ledger = self.goodput.ledger
         return self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}), self.records.commit()
 
     def _settle(self, *, stopping: bool) -> None:
         """Waits until the state is on storage; the other ranks have nothing to add and need not wait."""
+        self.watchdog.collective("seconds of all ranks")
+        self.goodput.end(self.state.step)
         if self.run.rank == 0:
-            self.saver.settle(self.state.step, self._take, stopping=stopping)
+            with self.goodput.span("checkpoint"):
+                self.saver.settle(self.state.step, self._take, stopping=stopping)
+            self.goodput.take(self.goodput.sums(), self.state.step, ended=True)
 
     def _merge_quarantined(self) -> None:
         """Makes the list of holes the same on all ranks before it is saved; nothing to do without a budget."""
@@ -284,6 +255,11 @@ class Engine:
 
     def evaluate(self) -> None:
         """Measures the averaged (or live) weights on all ranks; records it and reports to the launcher."""
+        self.watchdog.collective(f"features for the evaluation at step {self.state.step}")
+        with self.goodput.span("evaluation"):
+            self._evaluate()
+
+    def _evaluate(self) -> None:
         self.run.progress("evaluating", step=self.state.step, total=self.total)
         state = self.state
         state.average.swap()
@@ -313,33 +289,17 @@ class Engine:
 
     def _outcome(self, stopped: str) -> Outcome:
         state = self.state
+        speed = state.step * self.config.train.global_batch / max(state.seconds, 1e-9)
         return Outcome(
             step=state.step,
             stopped=stopped,
             seconds=state.seconds,
             first_loss=state.first_loss if state.first_loss is not None else float("nan"),
             last_loss=state.last_loss if state.last_loss is not None else float("nan"),
-            images_per_second=state.step * self.config.train.global_batch / max(state.seconds, 1e-9),
+            images_per_second=speed,
+            mfu=self.monitor.mfu(speed),
+            goodput=self.goodput.ledger.describe(),
+            restarts=self.goodput.ledger.restarts,
+            redone_steps=self.goodput.ledger.redone_steps,
             **self.kind.summary(state.answers),
         )
-
-
-def training_order(config: JobConfig, samples: int) -> SampleOrder:
-    """The order of samples that a configuration stands for."""
-    data = config.data
-    return SampleOrder(samples, config.train.seed, data.streams, data.run, data.block_runs, data.last_batch)
-
-
-def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> TrainState:
-    """A fresh training state; equal on every rank because the seed is."""
-    torch.manual_seed(config.train.seed)
-    task = kind.build_task().to(device)
-    if config.train.precision == "fp64":
-        task = task.double()
-    task.train()
-    trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
-    lr = peak_lr(config.train.optimizer, config.train.global_batch)
-    optimizer = build_optimizer(parameter_groups(trainable, config.train.optimizer, lr), config.train.optimizer)
-    average = WeightAverage(trainable, config.train.optimizer.average_decay)
-    mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
-    return TrainState(task, optimizer, average, grad_norm_mean=mean)

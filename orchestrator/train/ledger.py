@@ -37,6 +37,14 @@ class Stopwatch:
         self._open: list[str] = []
         self._taken = self._begun
         self.seconds = dict.fromkeys(CLASSES, 0.0)
+        self.changes = 0
+        """Spans opened and closed so far: another thread sees by it that this one lives."""
+
+    @property
+    def current(self) -> str:
+        """Class of the innermost open span, "" outside of all."""
+        opened = self._open
+        return opened[-1] if opened else ""
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -50,12 +58,14 @@ class Stopwatch:
     def enter(self, name: str) -> None:
         """Opens a span; `leave` closes it. For places where a block does not fit, such as compiler hooks."""
         self._settle()
-        self._open.append(name)
+        self._open = [*self._open, name]  # replaced, not changed: `current` is read by another thread
+        self.changes += 1
 
     def leave(self) -> None:
         """Closes the innermost span."""
         self._settle()
-        self._open.pop()
+        self._open = self._open[:-1]
+        self.changes += 1
 
     def take(self) -> dict[str, float]:
         """Seconds by class, and "elapsed" of all, since the last call."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 from orchestrator.config.tree import JobConfig
 from orchestrator.train.context import RunContext
-from orchestrator.train.engine import Engine, Outcome
+from orchestrator.train.engine import Engine
+from orchestrator.train.outcome import Outcome
 
 
 def train(config: JobConfig, run: RunContext) -> Outcome:
@@ -42,9 +41,7 @@ def train_epoch(engine: Engine) -> str:
         The reason of a stop request that ended it early, "" when the epoch is complete.
     """
     with engine.batches() as batches:
-        asked = time.perf_counter()
         for batch in batches:
-            engine.waited(time.perf_counter() - asked)
             engine.step(batch)
             if engine.window_due():
                 reason, save = engine.read_window()
@@ -52,5 +49,4 @@ def train_epoch(engine: Engine) -> str:
                     return reason
                 if save:
                     engine.save()
-            asked = time.perf_counter()
     return ""

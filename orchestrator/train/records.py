@@ -119,16 +119,15 @@ class RunRecords:
             run_directory=self._run.folder.uri,
         )
 
-    def window(self, first: int, rows: list[dict[str, float]], lrs: list[float], speed: float, wait: float) -> None:
-        """Records the losses of consecutive steps; speed and data wait go with the last of them."""
+    def window(self, first: int, rows: list[dict[str, float]], lrs: list[float], extra: dict[str, float]) -> None:
+        """Records the losses of consecutive steps; what is measured per window goes with the last of them."""
         if self._recorder is None:
             return
         for offset, (row, lr) in enumerate(zip(rows, lrs, strict=True)):
             values = {f"train/{name}": value for name, value in row.items() if name != "skipped"}
             values["train/lr"] = lr
             if offset == len(rows) - 1:
-                values["train/images_per_second"] = speed
-                values["data/wait_fraction"] = wait
+                values |= extra
             self._recorder.metrics(first + offset + 1, values)
 
     def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
@@ -156,6 +155,16 @@ class RunRecords:
         """Records spread and rank of the features per level."""
         if self._recorder is not None:
             self._recorder.metrics(step, {f"health/{name}": value for name, value in health.items()})
+
+    def refused(self, step: int, row: dict[str, float], samples: list[int]) -> None:
+        """Keeps what is known about a step that the guard refused, the ids of its samples above all."""
+        if self._recorder is None:
+            return
+        path = self._run.directory / "guard" / f"step-{step:08d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: repr(value) for name, value in row.items()}  # may be nan, which JSON has no word for
+        path.write_text(json.dumps({"step": step, "values": values, "samples": samples}), encoding="utf-8")
+        self._recorder.artifact(path, "guard")
 
     def figures(self, paths: list[Path]) -> None:
         """Keeps pictures and tables with the run."""

@@ -107,6 +107,16 @@ class Saver:
             return ""
         return self._gone(age, f"checkpoint.max_age_s={self._config.max_age_s:g}")
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the saves so far; empty before the first."""
+        found = {"checkpoint/failed": float(self._store.failures)}
+        if self.blocked_seconds:
+            found["checkpoint/blocked_seconds"] = self.blocked_seconds[-1]
+        if self._store.last_save is not None:
+            found["checkpoint/bytes"] = float(self._store.last_save.bytes)
+            found["checkpoint/write_seconds"] = self._store.last_save.seconds
+        return found
+
     def settle(self, step: int, take: Take, *, stopping: bool) -> None:
         """Brings the state of `step` onto storage, however often that takes, within the limits.
 

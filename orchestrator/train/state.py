@@ -11,7 +11,10 @@ from torch import Tensor
 
 from itpn_core.task import Task
 from orchestrator.checkpoint.store import CheckpointError, Snapshot
+from orchestrator.train.ledger import Ledger
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
+
+SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds")
 
 
 class WeightAverage:
@@ -76,6 +79,8 @@ class TrainState:
     """Running mean of the gradient norm that the spike guard compares with; on the device."""
     seconds: float = 0.0
     """Training seconds of all attempts so far."""
+    ledger: Ledger = field(default_factory=Ledger)
+    """Where the time of all ranks and attempts went."""
 
     def snapshot(self, extra: dict[str, Any]) -> Snapshot:
         """A copy on the host of everything above; the training may go on at once."""
@@ -107,9 +112,9 @@ class TrainState:
                 self.grad_norm_mean.copy_(parts["guard"]["grad_norm_mean"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this model: {error}") from None
-        for name in self._scalars():
+        for name in SCALARS:
             setattr(self, name, snapshot.state[name])
+        self.ledger = Ledger.from_json(snapshot.state["ledger"])
 
     def _scalars(self) -> dict[str, Any]:
-        names = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in SCALARS}, "ledger": self.ledger.to_json()}

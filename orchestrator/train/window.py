@@ -7,6 +7,7 @@ on (stop, save) ride on the same all-reduce.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ class Reading:
     """One dictionary per step, in order."""
     flags: list[bool]
     """True where rank 0 raised the flag of that position."""
+    sums: list[float]
+    """Sums over ranks of what each rank gave."""
 
 
 class Window:
@@ -51,13 +54,14 @@ class Window:
         self._values[self._filled].copy_(row)
         self._filled += 1
 
-    def read(self, flags: list[bool]) -> Reading:
+    def read(self, flags: list[bool], summands: Sequence[float] = ()) -> Reading:
         """Sums over ranks, waits for the device and empties the window. Collective.
 
         Args:
             flags: decisions of this rank; zeros on every rank but 0 by the caller's contract.
+            summands: further numbers of this rank, equally many on every rank.
         """
-        raised = torch.tensor(flags, dtype=torch.float64, device=self._values.device)
+        raised = torch.tensor([*flags, *summands], dtype=torch.float64, device=self._values.device)
         packed = torch.cat([self._values[: self._filled].flatten(), raised])
         if self._world > 1:
             dist.all_reduce(packed)
@@ -66,4 +70,5 @@ class Window:
         rows = [dict(zip(self.names, numbers[i * width : (i + 1) * width], strict=True)) for i in range(self._filled)]
         flat = self._filled * width
         self._filled = 0
-        return Reading(rows, [value > 0 for value in numbers[flat:]])
+        cut = flat + len(flags)
+        return Reading(rows, [value > 0 for value in numbers[flat:cut]], numbers[cut:])

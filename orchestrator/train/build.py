@@ -1,0 +1,34 @@
+"""What an engine starts from: the order of the samples and a fresh training state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from orchestrator.config.tree import JobConfig
+from orchestrator.data.order import SampleOrder
+from orchestrator.train.kind import Kind
+from orchestrator.train.optimizer import build_optimizer, parameter_groups, peak_lr
+from orchestrator.train.state import TrainState, WeightAverage
+
+
+def training_order(config: JobConfig, samples: int) -> SampleOrder:
+    """The order of samples that a configuration stands for."""
+    data = config.data
+    return SampleOrder(samples, config.train.seed, data.streams, data.run, data.block_runs, data.last_batch)
+
+
+def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> TrainState:
+    """A fresh training state; equal on every rank because the seed is."""
+    torch.manual_seed(config.train.seed)
+    task = kind.build_task().to(device)
+    if config.train.precision == "fp64":
+        task = task.double()
+    task.train()
+    trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
+    lr = peak_lr(config.train.optimizer, config.train.global_batch)
+    optimizer = build_optimizer(parameter_groups(trainable, config.train.optimizer, lr), config.train.optimizer)
+    average = WeightAverage(trainable, config.train.optimizer.average_decay)
+    mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
+    return TrainState(task, optimizer, average, grad_norm_mean=mean)

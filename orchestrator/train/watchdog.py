@@ -1,0 +1,155 @@
+"""Notices that a rank gets nowhere, writes down where all stand, and ends the rank so that its group starts anew.
+
+A thread per rank looks at the stopwatch of `orchestrator.train.ledger`: as long as spans come and go, the rank lives. A
+rank that hangs in a collective call cannot be woken from Python, so the thread ends the process; the launcher sees a
+dead worker, counts it against the retry budget and starts the group again from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from orchestrator.data.folder import StorageError
+from orchestrator.train import hangs
+from orchestrator.train.config import GuardConfig
+from orchestrator.train.context import RunContext
+from orchestrator.train.ledger import Stopwatch
+
+EXIT_HUNG = 75
+GRACE_S = 5.0
+TELL_S = 2.0
+
+
+@dataclass
+class Position:
+    """Where this rank is; written by the training thread, read by the watchdog's."""
+
+    step: int = -1
+    """The last step that was finished; -1 before the first."""
+    samples: tuple[int, ...] = ()
+    """Ids of the last samples that were taken up."""
+    collective: str = "none yet"
+    collectives: int = 0
+    """Collective calls entered so far: the rank with the fewest is the one the others wait for."""
+
+
+class Watchdog:
+    """Watches one rank from the moment it is made until `close`.
+
+    Args:
+        config: limits; `hang_s=0` watches nothing.
+        run: surroundings of this rank.
+        watch: the stopwatch whose spans are the signs of life.
+        end: ends the process with an exit code.
+    """
+
+    def __init__(
+        self, config: GuardConfig, run: RunContext, watch: Stopwatch, end: Callable[[int], object] = os._exit
+    ) -> None:
+        self.position = Position()
+        self._config = config
+        self._run = run
+        self._watch = watch
+        self._end = end
+        self._incident = "starting"
+        self._durations: deque[float] = deque(maxlen=101)
+        self._stepped_at = 0.0
+        self._trainer = threading.get_ident()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        if config.hang_s > 0:
+            self._thread.start()
+
+    def begin(self) -> None:
+        """Agrees on a name for what may happen, and tells of a hang that ended the attempt before. Collective."""
+        name = [f"{self._run.attempt:04d}-{time.time_ns() // 10**6}"]
+        if self._run.world > 1:
+            self.collective("name of this start")
+            dist.broadcast_object_list(name)
+        self._incident = name[0]
+        if self._run.rank == 0:
+            for text in hangs.untold(self._run.folder):
+                self._run.note(text)
+
+    def take_up(self, samples: list[int]) -> None:
+        """The training thread has taken up these samples."""
+        self.position.samples = tuple(samples)
+
+    def stepped(self, step: int) -> None:
+        """The training thread has finished a step."""
+        now = time.monotonic()
+        if self.position.step >= 0:
+            self._durations.append(now - self._stepped_at)
+        self.position.step, self._stepped_at = step, now
+
+    def collective(self, name: str) -> None:
+        """The training thread is about to enter a call that waits for the other ranks."""
+        self.position.collective = name
+        self.position.collectives += 1
+
+    def limit(self, phase: str) -> float:
+        """Seconds that one span of a class may last."""
+        config = self._config
+        first = self.position.step < 0
+        own = {"compile": config.compile_s, "evaluation": config.evaluate_s, "compute": config.compile_s * first}
+        if phase in ("restart", "checkpoint", ""):
+            return config.restore_s
+        median = statistics.median(self._durations) if self._durations else 0.0
+        return max(own.get(phase, 0.0), config.hang_s, 10 * median)
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _look(self) -> None:
+        seen, since = self._watch.changes, time.monotonic()
+        while not self._closed.wait(min(1.0, self._config.hang_s / 5)):
+            now = time.monotonic()
+            if self._watch.changes != seen:
+                seen, since = self._watch.changes, now
+            elif now - since > self.limit(self._watch.current):
+                self._hung(now - since)
+                return
+
+    def _hung(self, quiet: float) -> None:
+        phase = self._watch.current
+        report = hangs.Report(
+            rank=self._run.rank, world=self._run.world, phase=phase or "no measured phase", quiet_s=round(quiet, 1),
+            limit_s=round(self.limit(phase), 1), step=self.position.step, samples=list(self.position.samples),
+            collective=self.position.collective, collectives=self.position.collectives, thread=self._trainer,
+            stacks=_stacks(),
+        )  # fmt: skip
+        try:
+            hangs.write(self._run.folder, self._incident, report)
+            if self._run.rank == 0:
+                hangs.wait_for_all(self._run.folder, self._incident, self._run.world, GRACE_S)
+                text = hangs.tell(self._run.folder, self._incident)
+                self._run.note(text)
+                time.sleep(TELL_S)  # a thread of the launcher carries it to the driver
+                hangs.mark_told(self._run.folder, self._incident)
+            else:
+                time.sleep(GRACE_S + TELL_S)  # the first dead rank ends all; rank 0 has something to say before
+        except StorageError as error:
+            self._run.note(f"a rank hangs and storage does not take its stacks ({error})\n{report.stacks}")
+        finally:
+            self._end(EXIT_HUNG)
+
+
+def _stacks() -> str:
+    """The Python stacks of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
