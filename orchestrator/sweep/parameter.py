@@ -83,9 +83,8 @@ class Parameter:
     def draw(self, uniform: float) -> Value:
         """The value at a place in [0, 1) of the parameter's range; every value of a countable one is equally likely."""
         if self.log and self.count is not None:
-            low, high = math.log(self.low - self.step / 2), math.log(self.high + self.step / 2)
-            position = round((math.exp(low + uniform * (high - low)) - self.low) / self.step)
-            return self.at(min(max(position, 0), self.count - 1))
+            low, high = math.log(self.low - 0.5), math.log(self.high + 0.5)
+            return int(min(max(round(math.exp(low + uniform * (high - low))), self.low), self.high))
         return self.at(int(uniform * self.count)) if self.count is not None else self._continuous(uniform)
 
     def _continuous(self, place: float) -> float:
@@ -188,7 +187,7 @@ def _number(where: str, name: str, body: Mapping[str, Any], rest: dict[str, Any]
         raise ConfigError(f"{where}.step", step, f"must lie in 0 to {high - low:g}, the width of the range")
     integer = all(isinstance(value, int) for value in (low, high, step))
     kind, step = (INTEGER, step or 1) if integer else (FLOAT, step)
-    if log and kind == FLOAT and step:
+    if log and "step" in body:
         raise ConfigError(f"{where}.step", step, "cannot stand beside log: true", "List the values as choices.")
     return Parameter(name, kind, low=low, high=high, step=step, log=log, **rest)
 

@@ -1,0 +1,393 @@
+"""Which setting to try next: our ask and tell over Optuna's samplers, with random and grid search beside them.
+
+The journal of trials is ours; Optuna's study lives in memory and is rebuilt from it, so a sweep that was killed asks
+on as if nothing had happened. Each question has its own seed, made from the sweep's seed and the trial's number: what
+is proposed depends on the trials that are known, not on how often the process was started.
+
+Optuna 5.0's traps that this file keeps away from its callers: a trial that was stopped early may not be told with
+values (it would count as complete and bias the front), `Trial.report` refuses several objectives, constraints are set
+on the trial, and list-valued choices are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from itpn_core.errors import ConfigError, nearest
+from itpn_core.random import name_key
+from orchestrator.sweep.front import UP, Objective
+from orchestrator.sweep.parameter import CATEGORICAL, INTEGER, Parameter, Value
+from orchestrator.sweep.space import COUNT_LIMIT, Setting, Space
+
+RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE = "running", "finished", "pruned", "failed", "infeasible"
+STATES = (RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE)
+KINDS = ("tpe", "nsga2", "gp", "random", "grid")
+STARTUP = 16
+_REPEATS = 20
+_FALLBACKS = 200
+_INACTIVE = "inactive"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A measured value that must stay on one side: `images_per_second >= 100` or `accuracy_loss <= 0.01`."""
+
+    name: str
+    operator: str
+    bound: float
+
+    def violation(self, values: Mapping[str, float]) -> float:
+        """By how much the limit is missed; 0 or less when it is kept."""
+        return self.bound - values[self.name] if self.operator == ">=" else values[self.name] - self.bound
+
+
+def parse_limits(texts: Any, names: Iterable[str], where: str = "sweep.limits") -> tuple[Limit, ...]:
+    """Reads texts such as `images_per_second >= 100`.
+
+    Args:
+        texts: a list of them.
+        names: values that every trial measures.
+        where: place in the recipe, for messages.
+
+    Raises:
+        ConfigError: an unreadable text or an unknown name.
+    """
+    known = list(names)
+    limits = []
+    if not isinstance(texts, (list, tuple)):
+        raise ConfigError(where, texts, "must be a list of texts such as 'images_per_second >= 100'")
+    for text in texts:
+        words = str(text).split()
+        try:
+            name, sign, bound = words[0], words[1], float(words[2])
+        except (IndexError, ValueError):
+            raise ConfigError(where, text, "must read 'value >= number' or 'value <= number'") from None
+        if sign not in (">=", "<=") or len(words) != 3:
+            raise ConfigError(where, text, "must read 'value >= number' or 'value <= number'")
+        if name not in known:
+            raise ConfigError(where, text, f"no trial measures {name!r}", nearest(name, known))
+        limits.append(Limit(name, sign, bound))
+    return tuple(limits)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as the journal keeps it.
+
+    Attributes:
+        number: 0-based, in the order of asking.
+        setting: what is tried.
+        state: one of `STATES`; "infeasible" ran out of memory, "failed" is excluded from everything.
+        values: measured values by name: the objectives and whatever limits name; may be empty unless finished.
+        memo: the sampler's own notes, JSON values; needed to rebuild it exactly.
+    """
+
+    number: int
+    setting: Setting
+    state: str = RUNNING
+    values: Mapping[str, float] = field(default_factory=dict)
+    memo: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Sampler(Protocol):
+    """What the driver needs of a search."""
+
+    def ask(self) -> Trial | None:
+        """A new running trial, or None when every setting of the space is known."""
+
+    def tell(self, number: int, state: str, values: Mapping[str, float] | None = None) -> None:
+        """How a running trial ended."""
+
+
+def make_sampler(
+    kind: str,
+    space: Space,
+    objectives: Sequence[Objective],
+    *,
+    limits: Sequence[Limit] = (),
+    seed: int = 0,
+    trials: Iterable[Trial] = (),
+    levels: int = 5,
+    startup: int = STARTUP,
+) -> Sampler:
+    """A search over a space.
+
+    Args:
+        kind: "tpe" | "nsga2" | "gp" | "random" | "grid".
+        space: what may be tried; no setting is proposed twice.
+        objectives: at least one.
+        limits: what makes a measured setting infeasible.
+        seed: of every random choice.
+        trials: what a journal holds: finished and otherwise ended trials, and running ones that will run again.
+        levels: values of a continuous parameter on the grid.
+        startup: random trials before a model is trusted (population size of NSGA-II).
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    known = sorted(trials, key=lambda trial: trial.number)
+    if kind in ("random", "grid"):
+        return _PlainSampler(kind, space, seed, known, levels)
+    if kind not in KINDS:
+        raise ConfigError("sweep.sampler", kind, "must be one of " + ", ".join(KINDS))
+    return _ModelSampler(kind, space, objectives, limits, seed, known, startup)
+
+
+class _Known:
+    """Trials so far: numbers, states and settings that may not come again."""
+
+    def __init__(self, space: Space, seed: int, trials: Sequence[Trial]) -> None:
+        self.space, self.seed = space, seed
+        self.next = max((trial.number for trial in trials), default=-1) + 1
+        self.settings = {trial.setting for trial in trials}
+        self.running = {trial.number for trial in trials if trial.state == RUNNING}
+        self._size: int | None = None
+
+    def check_end(self, number: int, state: str) -> None:
+        if number not in self.running:
+            raise ValueError(f"trial {number} is not running, so it cannot end as {state}")
+        if state not in STATES or state == RUNNING:
+            raise ValueError(f"a trial ends as one of {', '.join(STATES[1:])}, not {state!r}")
+        self.running.remove(number)
+
+    def start(self, setting: Setting, memo: Mapping[str, Any]) -> Trial:
+        trial = Trial(self.next, setting, memo=memo)
+        self.running.add(trial.number)
+        self.settings.add(setting)
+        self.next += 1
+        return trial
+
+    def random(self) -> Setting | None:
+        """An unseen random setting; None when there is none left."""
+        for attempt in range(_FALLBACKS):
+            setting = self.space.draw(self.seed, self.next * _FALLBACKS + attempt)
+            if setting not in self.settings:
+                return setting
+        # luck has run out: either few are left, or none
+        return None if self.space.continuous else self.first(1)
+
+    def first(self, levels: int) -> Setting | None:
+        """The first unseen setting of the grid."""
+        return next((setting for setting in self.space.grid(levels) if setting not in self.settings), None)
+
+    def exhausted(self) -> bool:
+        """Whether a countable space has been tried in full."""
+        if self.space.continuous:
+            return False
+        if self._size is None:
+            self._size = self.space.size(COUNT_LIMIT) or 0
+        return len(self.settings) >= self._size
+
+
+class _PlainSampler:
+    """Random search and grid search: no model, nothing to learn."""
+
+    def __init__(self, kind: str, space: Space, seed: int, trials: Sequence[Trial], levels: int) -> None:
+        self._known, self._grid, self._levels = _Known(space, seed, trials), kind == "grid", levels
+
+    def ask(self) -> Trial | None:
+        """See `Sampler`."""
+        setting = self._known.first(self._levels) if self._grid else self._known.random()
+        return None if setting is None else self._known.start(setting, {})
+
+    def tell(self, number: int, state: str, values: Mapping[str, float] | None = None) -> None:
+        """See `Sampler`."""
+        self._known.check_end(number, state)
+
+
+class _ModelSampler:
+    """TPE, NSGA-II and Gaussian processes of Optuna."""
+
+    def __init__(
+        self,
+        kind: str,
+        space: Space,
+        objectives: Sequence[Objective],
+        limits: Sequence[Limit],
+        seed: int,
+        trials: Sequence[Trial],
+        startup: int,
+    ) -> None:
+        self._kind, self._space, self._seed, self._startup = kind, space, seed, startup
+        self._objectives, self._limits = tuple(objectives), tuple(limits)
+        self._known = _Known(space, seed, trials)
+        self._distributions = {parameter.name: distribution(parameter) for parameter in space.parameters}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        directions = ["maximize" if objective.direction == UP else "minimize" for objective in objectives]
+        self._study = optuna.create_study(directions=directions)
+        self._study.sampler = optuna_sampler(kind, seed % 2**32, startup)
+        self._asked: dict[int, optuna.Trial] = {}
+        for trial in trials:
+            self._restore(trial)
+        self._restore_generations()
+
+    def ask(self) -> Trial | None:
+        """See `Sampler`."""
+        if self._known.exhausted():
+            return None
+        for attempt in range(_REPEATS):
+            asked = self._ask_optuna(attempt)
+            chosen = self._suggest(asked)
+            setting = self._space.setting({name: chosen[name] for name in self._existing(chosen)})
+            if setting not in self._known.settings and not self._space.refusal(setting):
+                return self._start(asked, setting, chosen)
+            # a failed trial is one that samplers do not see
+            self._study.tell(asked, state=TrialState.FAIL)
+        setting_or_none = self._known.random()
+        if setting_or_none is None:
+            return None
+        self._study.enqueue_trial(self._encoded(setting_or_none))
+        asked = self._ask_optuna(_REPEATS)
+        return self._start(asked, setting_or_none, self._suggest(asked))
+
+    def tell(self, number: int, state: str, values: Mapping[str, float] | None = None) -> None:
+        """See `Sampler`."""
+        self._known.check_end(number, state)
+        asked = self._asked.pop(number)
+        for name, violation in self._constraints(state, values or {}).items():
+            asked.set_constraint(name, violation)
+        if state == FINISHED:
+            self._study.tell(asked, self._values(values or {}))
+        else:
+            self._study.tell(asked, state=_OPTUNA_STATE[state])
+
+    def _start(self, asked: optuna.Trial, setting: Setting, chosen: Mapping[str, Value]) -> Trial:
+        notes = self._study.get_trials(deepcopy=False)[asked.number].system_attrs
+        memo: dict[str, Any] = {name: value for name, value in notes.items() if _survives(name)}
+        inactive = {name: value for name, value in chosen.items() if name not in setting}
+        if inactive:
+            memo[_INACTIVE] = inactive
+        trial = self._known.start(setting, memo)
+        self._asked[trial.number] = asked
+        return trial
+
+    def _ask_optuna(self, attempt: int) -> optuna.Trial:
+        seed = name_key(self._seed, self._known.next, f"sweep/ask/{attempt}") % 2**32
+        self._study.sampler = optuna_sampler(self._kind, seed, self._startup)
+        return self._study.ask()
+
+    def _suggest(self, asked: optuna.Trial) -> dict[str, Value]:
+        """Values of the parameters; TPE is asked for existing ones only, the others need the same list every time."""
+        chosen: dict[str, Value] = {}
+        existing: dict[str, Value] = {}
+        for parameter in self._space.parameters:
+            exists = self._space.active(parameter, existing)
+            if exists or self._kind != "tpe":
+                chosen[parameter.name] = _suggested(asked, parameter, self._distributions[parameter.name])
+                if exists:
+                    existing[parameter.name] = chosen[parameter.name]
+        return chosen
+
+    def _existing(self, chosen: Mapping[str, Value]) -> list[str]:
+        existing: dict[str, Value] = {}
+        for parameter in self._space.parameters:
+            if self._space.active(parameter, existing):
+                existing[parameter.name] = chosen[parameter.name]
+        return list(existing)
+
+    def _encoded(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """Parameters as Optuna knows them."""
+        by_name = {parameter.name: parameter for parameter in self._space.parameters}
+        return {n: json.dumps(v) if by_name[n].kind == CATEGORICAL else v for n, v in values.items()}
+
+    def _restore(self, trial: Trial) -> None:
+        """Puts a journal's trial where `ask` and `tell` would have left it."""
+        found = dict(trial.setting) | _frozen_values(trial.memo.get(_INACTIVE, {}))
+        # in the order of asking, which Gaussian processes keep as that of their dimensions
+        values = {
+            parameter.name: found[parameter.name] for parameter in self._space.parameters if parameter.name in found
+        }
+        if trial.state == RUNNING:
+            self._study.enqueue_trial(self._encoded(values))
+            self._asked[trial.number] = self._study.ask()
+            self._suggest(self._asked[trial.number])
+            return
+        self._study.add_trial(
+            create_trial(
+                state=_OPTUNA_STATE[trial.state],
+                values=self._values(trial.values) if trial.state == FINISHED else None,
+                params=self._encoded(values),
+                distributions={name: self._distributions[name] for name in values},
+                system_attrs={name: value for name, value in trial.memo.items() if name != _INACTIVE},
+                constraints=self._constraints(trial.state, trial.values),
+            )
+        )
+
+    def _restore_generations(self) -> None:
+        """Has NSGA-II choose the parents of each generation once, as the first trial of that generation did."""
+        sampler = self._study.sampler
+        if isinstance(sampler, optuna.samplers.NSGAIISampler):
+            seen = {
+                v for t in self._study.get_trials(deepcopy=False) for n, v in t.system_attrs.items() if _survives(n)
+            }
+            for generation in sorted(seen):
+                sampler.get_parent_population(self._study, generation)
+
+    def _values(self, values: Mapping[str, float]) -> list[float]:
+        return [float(values[objective.name]) for objective in self._objectives]
+
+    def _constraints(self, state: str, values: Mapping[str, float]) -> dict[str, float]:
+        """What Optuna calls constraints: 0 or less is feasible. Out of memory violates one that nothing else has."""
+        found = {f"{i.name} {i.operator} {i.bound:g}": i.violation(values) for i in self._limits if i.name in values}
+        return found | ({"fits": 1.0} if state == INFEASIBLE else {})
+
+
+_OPTUNA_STATE = {
+    FINISHED: TrialState.COMPLETE,
+    PRUNED: TrialState.PRUNED,
+    # complete would need values, which a trial that ran out of memory has not
+    INFEASIBLE: TrialState.PRUNED,
+    FAILED: TrialState.FAIL,
+}
+
+
+def _survives(name: str) -> bool:
+    """Notes of a sampler that later questions depend on (NSGA-II's generation)."""
+    return name.endswith(":generation")
+
+
+def _frozen_values(values: Mapping[str, Any]) -> dict[str, Value]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def optuna_sampler(kind: str, seed: int, startup: int) -> optuna.samplers.BaseSampler:
+    """An Optuna sampler of ours, fresh for every question."""
+    if kind == "tpe":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    if kind == "nsga2":
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=startup)
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """A parameter as Optuna knows it; choices become texts, because Optuna takes no lists."""
+    if parameter.kind == CATEGORICAL:
+        return CategoricalDistribution([json.dumps(choice) for choice in parameter.choices])
+    # the last value of a range that its step does not divide; Optuna would warn and cut
+    high: Any = parameter.high if parameter.count is None else parameter.at(parameter.count - 1)
+    if parameter.kind == INTEGER:
+        return IntDistribution(int(parameter.low), high, log=parameter.log, step=int(parameter.step))
+    return FloatDistribution(parameter.low, high, log=parameter.log, step=parameter.step or None)
+
+
+def _suggested(asked: optuna.Trial, parameter: Parameter, known: BaseDistribution) -> Value:
+    name = parameter.name
+    value: Any
+    if isinstance(known, CategoricalDistribution):
+        value = asked.suggest_categorical(name, known.choices)
+        return parameter.choices[int(known.choices.index(value))]
+    if isinstance(known, IntDistribution):
+        value = asked.suggest_int(name, known.low, known.high, step=known.step, log=known.log)
+        return int(value)
+    if not isinstance(known, FloatDistribution):
+        raise TypeError(f"no such distribution: {known}")
+    value = asked.suggest_float(name, known.low, known.high, step=known.step, log=known.log)
+    # the same rounding as everywhere, so that a setting has one name
+    return parameter.at(round((value - parameter.low) / parameter.step)) if parameter.step else float(value)
