@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.store import StoreConfig
@@ -56,6 +56,17 @@ def absolute(config: T, *fields: str) -> T:
     """A flat configuration with the named places absolute; URIs and empty places stay."""
     places = {name: str(getattr(config, name)) for name in fields}
     changes: dict[str, Any] = {name: _absolute(place) for name, place in places.items() if place}
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def resolve_run(config: T, environment: Mapping[str, str] = os.environ) -> T:
+    """A configuration with `run` and `track` (but no shards) with both places absolute."""
+    base = home(environment)
+    run, track = cast("Any", config).run, cast("Any", config).track
+    storage = _absolute(run.storage or f"{base}/runs")
+    local = Path(storage) if "://" not in storage else base / "runs"
+    track = resolve_tracking(track, local, environment.get("MLFLOW_TRACKING_URI", ""))
+    changes: dict[str, Any] = {"run": replace(run, storage=storage), "track": track}
     return replace(config, **changes)  # type: ignore[type-var]
 
 

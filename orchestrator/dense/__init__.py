@@ -1,0 +1,1 @@
+"""Detection and segmentation on the pre-trained pyramid (extra `dense`): one process, any image size."""
