@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.models import group_with_matcher
+from timm.models._manipulate import group_with_matcher
 
 from itpn_core.models.backbone import Backbone
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from orchestrator.config.load import load
 from orchestrator.dense.config import DetectConfig
 from orchestrator.dense.problems import DenseDataError
+from orchestrator.track.history import load_history
 from tests.unit.dense.scenes import TINY
 
 coco_room = pytest.importorskip("orchestrator.dense.coco")
@@ -149,9 +149,9 @@ def test_trains_and_evaluates_on_images_of_several_sizes(coco, tmp_path, capsys,
     with safe_open(run / "final" / "detect.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == ["green", "blue"]
         assert "backbone.backbone.patch_embed.proj.weight" in file.keys()  # noqa: SIM118 - not a dict
-    journal = "".join(path.read_text() for path in Path(run, "journal").rglob("*.jsonl"))
-    assert "train/loss_rpn_box_reg" in journal
-    assert "eval/box_ap" in journal
+    history = load_history(run)
+    assert sorted(history.series["train/loss_rpn_box_reg"]) == [1, 2]
+    assert history.series["eval/box_ap"] == {2: metrics["box_ap"]}
     said = capsys.readouterr().out
     assert "step 2/2" in said
     assert "box_ap" in said
