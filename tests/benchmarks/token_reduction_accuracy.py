@@ -3,8 +3,9 @@
     python tests/benchmarks/token_reduction_accuracy.py --data FOLDER [--steps 600] [--backbone FILE]
 
 FOLDER holds WebDataset tars `train-*.tar` and `test-*.tar` of small images (`key.jpg`, `key.cls`). The backbone is a
-Fast-iTPN of patch size 4 at 32 px, pre-trained without labels by the EMA objective (or loaded from --backbone, or
-saved to it when the file does not exist). Prints Part B of the token-reduction benchmark and the comparison of rules.
+Fast-iTPN of patch size 4 at 32 px, pre-trained without labels by the first run's objective: the features of an
+ImageNet teacher, at all tokens (or loaded from --backbone, or saved to it when the file does not exist). Prints Part B
+of the token-reduction benchmark and the comparison of rules.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from itpn_core.pretraining.tasks import build_task
 from itpn_core.random import stream_keys, uniform
 from itpn_core.reduction import TokenGathering, TokenMigration
 
-CONFIG = ModelConfig(embed_dim=192, depths=(1, 1, 8), patch_size=4, img_size=32)
-MEAN, STD = torch.tensor([0.49, 0.48, 0.45]).view(3, 1, 1), torch.tensor([0.25, 0.24, 0.26]).view(3, 1, 1)
+OBJECTIVE = ObjectiveConfig(loss_tokens="all", target_norm="channel", stem_gradient_scale=1.0, pyramid_dim=64)
+CONFIG = ModelConfig(embed_dim=192, depths=(1, 1, 6), patch_size=4, img_size=32)
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in (OBJECTIVE.mean, OBJECTIVE.std))
 
 
 def read(folder: Path, split: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +53,10 @@ def read(folder: Path, split: str, count: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def pretrain(images: torch.Tensor, steps: int, batch: int, seed: int) -> Backbone:
-    """The EMA objective for a number of steps, with flips and crops of +-4 pixels."""
+    """The first run's objective for a number of steps, with flips and crops of +-4 pixels."""
     torch.manual_seed(seed)
-    task = build_task(CONFIG, ObjectiveConfig(kind="ema", pyramid_dim=64)).train()
+    task = build_task(CONFIG, OBJECTIVE).train()
+    task.fit_target_statistics(chunk.float() / 255 for chunk in images[:1024].split(64))
     parameters = [p for p in task.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
