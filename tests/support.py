@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from orchestrator.config.load import load
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.folder import Folder
 from orchestrator.data.shards import ShardOptions, make_shards
 from orchestrator.launch.home import resolve
@@ -50,6 +50,19 @@ TINY = [
 ]  # fmt: skip
 
 
+TINY_CLASSIFIER = [
+    *(word for word in TINY if word.split(".")[0] in ("model", "train", "data", "cluster", "track")),
+    "eval.batch=8", "eval.every_epochs=0", "train.optimizer.layer_decay=0.7", "data.augment.rand_ops=1",
+    "data.augment.erase=0.3",
+]  # fmt: skip
+
+
+def tiny_classifier(data: str, storage: Path, *words: str) -> FinetuneConfig:
+    """A classifier's configuration that trains in a second; `words` override it."""
+    places = [f"data.source={data}", f"run.storage={storage}", "run.name=tiny", f"track.uri=sqlite:///{storage}/m.db"]
+    return resolve(load(FinetuneConfig, None, [*TINY_CLASSIFIER, *places, *words]), {"ITPN_HOME": str(storage)})
+
+
 def tiny_config(data: str, storage: Path, *words: str) -> PretrainConfig:
     """A configuration that trains in a second; `words` override it."""
     places = [
@@ -64,7 +77,7 @@ def tiny_config(data: str, storage: Path, *words: str) -> PretrainConfig:
 class LocalRun:
     """A `RunContext` of one process group without Ray."""
 
-    def __init__(self, config: PretrainConfig, rank: int = 0, world: int = 1, attempt: int = 1) -> None:
+    def __init__(self, config: JobConfig, rank: int = 0, world: int = 1, attempt: int = 1) -> None:
         self.rank, self.world, self.attempt = rank, world, attempt
         self.device = torch.device("cpu")
         self.folder = Folder(f"{config.run.storage}/{config.run.name}")

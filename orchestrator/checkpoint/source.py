@@ -175,7 +175,7 @@ def _from_run(folder: Folder, place: str) -> Source:
         config = model_config(settings["model"])
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"source {place!r}: its run.json is damaged or of another version: {error}") from None
-    objective = settings.get("objective", {})
+    objective = settings.get("objective") or settings.get("finetune", {})
     facts = {
         "run": folder.uri.rsplit("/", 1)[-1],
         "objective": str(objective.get("kind", "")),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from itpn_core.finetuning.config import FinetuneTaskConfig
 from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.data.config import DataConfig
-from orchestrator.evaluate.config import EvalConfig, MeasureConfig
+from orchestrator.evaluate.config import ClassifyEvalConfig, EvalConfig, MeasureConfig
 from orchestrator.launch.config import ClusterConfig, RunConfig
 from orchestrator.track.config import TrackConfig
-from orchestrator.train.config import TrainConfig
+from orchestrator.train.config import InitConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,31 @@ class PretrainConfig:
     run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
 
 
-JobConfig = PretrainConfig
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Everything `jobs/finetune.py` can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the backbone, as its checkpoint has it"})
+    init: InitConfig = field(default_factory=InitConfig, metadata={"help": "the weights to start from"})
+    finetune: FinetuneTaskConfig = field(
+        default_factory=FinetuneTaskConfig, metadata={"help": "head, labels and mixing"}
+    )
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "shards, order and augmentation"})
+    train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "length, batch, precision, optimizer"})
+    eval: ClassifyEvalConfig = field(default_factory=ClassifyEvalConfig, metadata={"help": "top-1 on held-out images"})
+    checkpoint: CheckpointConfig = field(
+        default_factory=CheckpointConfig, metadata={"help": "saving", "affects_result": False}
+    )
+    track: TrackConfig = field(
+        default_factory=TrackConfig, metadata={"help": "MLflow and the journal", "affects_result": False}
+    )
+    cluster: ClusterConfig = field(
+        default_factory=ClusterConfig, metadata={"help": "workers and devices", "affects_result": False}
+    )
+    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
+
+
+JobConfig = PretrainConfig | FinetuneConfig
 """What the training engine and its driver can run."""
 
 

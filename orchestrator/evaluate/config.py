@@ -27,6 +27,23 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ClassifyEvalConfig:
+    """Top-1 and top-5 of a classifier on held-out images (they never choose a checkpoint)."""
+
+    every_epochs: int = field(default=1, metadata={"help": "evaluate after every N epochs; 0 = only at both ends"})
+    images: int = field(default=0, metadata={"help": "val images at equal distances over the split; 0 = all of them"})
+    crop: float = field(default=0.875, metadata={"help": "side of the centre crop as a share of the shorter side"})
+    batch: int = field(default=250, metadata={"affects_result": False, "help": "images per forward pass and worker"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ConfigError("eval.crop", self.crop, "allowed are 0 < crop <= 1")
+        for name, least in (("every_epochs", 0), ("images", 0), ("batch", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"eval.{name}", getattr(self, name), f"it must be at least {least}")
+
+
+@dataclass(frozen=True)
 class MeasureConfig:
     """What `jobs/evaluate.py` measures, of which weights."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from itpn_core.benchmark.timing import machine
 from orchestrator.config.errors import SettingError
+from orchestrator.config.schema import leaves
 from orchestrator.config.tree import EvaluateConfig
 from orchestrator.data.loader import open_loader
 from orchestrator.data.manifest import Manifest, Split
@@ -37,7 +38,9 @@ _CLOSE_S = 30.0
 
 def checkpoint_settings(config: EvaluateConfig) -> dict[str, Any]:
     """What the named checkpoint says about itself: settings by dotted key, over which recipe and command line go."""
-    return open_source(config.evaluate.checkpoint, config.data.store).settings()
+    known = {leaf.key for leaf in leaves(EvaluateConfig)}
+    found = open_source(config.evaluate.checkpoint, config.data.store).settings()
+    return {key: value for key, value in found.items() if key in known}  # a classifier's run has settings of its own
 
 
 def evaluate(config: EvaluateConfig, recipe: str) -> int:

@@ -24,7 +24,8 @@ from orchestrator.data.store import StoreConfig
 from orchestrator.launch.record import KEY, RunRecord
 
 WEIGHTS = "backbone.safetensors"
-EXPORTS = (f"final/{WEIGHTS}", f"weights/{WEIGHTS}", WEIGHTS)
+CLASSIFIER = "classifier.safetensors"
+EXPORTS = tuple(f"{folder}{name}" for folder in ("final/", "weights/", "") for name in (WEIGHTS, CLASSIFIER))
 # Settings that describe the weights' training size, which an evaluation may change.
 _FREE = ("img_size", "drop_path_rate", "layer_scale_init", "migration", "gathering")
 # The data set is named by the user; at which size it is shown follows from the model unless asked otherwise.
@@ -56,7 +57,10 @@ class Source:
     def settings(self) -> dict[str, Any]:
         """Settings by dotted key that an evaluation starts from: the run's own, else the model's shape."""
         model = {f"model.{key}": value for key, value in flatten(json.loads(json.dumps(asdict(self.model)))).items()}
-        fields = self.record.fields if self.record else {}
+        fields = dict(self.record.fields) if self.record else {}
+        for name in ("mean", "std"):
+            if f"finetune.{name}" in fields:
+                fields[f"objective.{name}"] = fields[f"finetune.{name}"]
         return {**{key: value for key, value in fields.items() if key not in _NOT_INHERITED}, **model}
 
     def build(self) -> Backbone:
@@ -65,9 +69,11 @@ class Source:
         Raises:
             WeightsError: tensors are missing or of another shape.
         """
-        if self.kind == "published":
-            model = Backbone(self.model, final_norm="pooled" if "fc_norm.weight" in self.state else "tokens")
+        classifier = "fc_norm.weight" in self.state
+        if classifier or self.kind == "published":
+            model = Backbone(self.model, final_norm="pooled" if classifier else "tokens")
             load_checkpoint(model, self.state, quiet=True)
+            model.set_token_reduction()
             return model.eval()
         model = build_backbone(self.model)
         wanted = model.state_dict()

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from itpn_core.models.backbone import Backbone
+from itpn_core.models.config import ModelConfig
+from itpn_core.models.importer import plan_load
 from itpn_core.pretraining.config import check_objective
 from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.errors import SettingError
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
+from orchestrator.evaluate.source import Source, open_source
 from orchestrator.track.server import check_answers
 
+_AS_YAML = str.maketrans("()", "[]")
 
-def check(config: PretrainConfig) -> Manifest:
+
+class Checked(NamedTuple):
+    """What the checks found.
+
+    Attributes:
+        manifest: of the data set.
+        inputs: what decides the result besides settings and data, by name.
+    """
+
+    manifest: Manifest
+    inputs: dict[str, str]
+
+
+def check(config: JobConfig) -> Checked:
     """Refuses what could only fail later.
-
-    Returns:
-        The data set's manifest.
 
     Raises:
         UserError: one clear message for the first thing that is wrong.
@@ -31,22 +53,71 @@ def check(config: PretrainConfig) -> Manifest:
             f"train.global_batch={batch} is larger than the split {train.name!r} with {train.samples} samples, so an"
             f" epoch would have no batch: use at most {train.samples}, or data.last_batch=short"
         )
-    for key, asked, split in (("eval.bank", config.eval.bank, train), ("eval.queries", config.eval.queries, val)):
+    if isinstance(config, FinetuneConfig):
+        _check_classes(config, manifest)
+        wanted = [("eval.images", config.eval.images, val)]
+    else:
+        wanted = [("eval.bank", config.eval.bank, train), ("eval.queries", config.eval.queries, val)]
+    for key, asked, split in wanted:
         if asked > split.samples:
             raise SettingError(
                 f"{key}={asked} but the split {split.name!r} has {split.samples} samples: use at most that"
             )
-    return manifest
+    return Checked(manifest, _starting_weights(config) if isinstance(config, FinetuneConfig) else {})
 
 
-def _check_settings(config: PretrainConfig) -> None:
+def _check_classes(config: FinetuneConfig, manifest: Manifest) -> None:
+    if len(manifest.classes) < 2:
+        raise SettingError(
+            f"data.source={config.data.source} has {len(manifest.classes)} class names: a classifier needs at least 2."
+            " Make the shards from class folders, or give jobs/index_shards.py --classes FILE"
+        )
+
+
+def _starting_weights(config: FinetuneConfig) -> dict[str, str]:
+    """Opens the starting weights and tries them on a model without memory; their digest counts in the run's name.
+
+    Raises:
+        UserError: they are not there, cannot be read, or belong to another model.
+    """
+    if not config.init.checkpoint:
+        return {"init.weights": "none"}
+    source = open_source(config.init.checkpoint, config.data.store)
+    _check_shape(config.model, source)
+    plan_load(Backbone(config.model, final_norm="pooled", device="meta"), source.state, source.place)
+    return {"init.weights": digest(source.state)}
+
+
+def _check_shape(asked: ModelConfig, source: Source) -> None:
+    found = source.model
+    names = ("family", "embed_dim", "depths", "num_heads", "patch_size", "in_chans")
+    # 0 heads stand for the width's default; the flavours of the first paper have one backbone
+    same = asked.is_fast == found.is_fast and asked.heads == found.heads
+    if same and all(getattr(asked, n) == getattr(found, n) for n in names if n not in ("family", "num_heads")):
+        return
+    shape = " ".join(f"model.{name}={getattr(found, name)}".replace(" ", "") for name in names).translate(_AS_YAML)
+    raise SettingError(
+        f"init.checkpoint={source.place} holds another model than these settings describe. Its own shape is: {shape}"
+    )
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors: equal for equal weights, wherever and however they lie."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _check_settings(config: JobConfig) -> None:
     workers, batch = config.cluster.workers, config.train.global_batch
     at_least_one = {
         "cluster.workers": workers,
         "train.epochs": config.train.epochs,
         "train.log_every": config.train.log_every,
         "checkpoint.keep": config.checkpoint.keep,
-        "eval.k": config.eval.k,
         "eval.batch": config.eval.batch,
     }
     for key, value in at_least_one.items():
@@ -57,21 +128,10 @@ def _check_settings(config: PretrainConfig) -> None:
             f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one"
             f" image per step; use train.global_batch>={workers} or cluster.workers<={max(batch, 1)}"
         )
-    family = FAMILY_OF.get(config.objective.kind)
-    if family and config.model.family != family:
-        raise SettingError(
-            f"model.family={config.model.family!r} does not go with objective.kind={config.objective.kind!r}:"
-            f" set model.family={family}"
-        )
-    check_objective(config.objective)
     if config.data.image_size != config.model.img_size:
         raise SettingError(
             f"data.image_size={config.data.image_size} differs from model.img_size={config.model.img_size}:"
             " leave data.image_size at 0 to follow the model"
-        )
-    if config.eval.bank < config.eval.k:
-        raise SettingError(
-            f"eval.bank={config.eval.bank} is smaller than eval.k={config.eval.k}: neighbours would be missing"
         )
     optimizer = config.train.optimizer
     if optimizer.lr <= 0:
@@ -80,3 +140,40 @@ def _check_settings(config: PretrainConfig) -> None:
         value = getattr(optimizer, key)
         if not 0 <= value < 1:
             raise SettingError(f"train.optimizer.{key}={value}: it must be in [0, 1)")
+    if not 0 < optimizer.layer_decay <= 1:
+        raise SettingError(f"train.optimizer.layer_decay={optimizer.layer_decay}: it must be in (0, 1]")
+    if isinstance(config, FinetuneConfig):
+        _check_finetuning(config)
+    else:
+        _check_pretraining(config)
+
+
+def _check_finetuning(config: FinetuneConfig) -> None:
+    if config.track.registered_model:
+        raise SettingError(
+            f"track.registered_model={config.track.registered_model!r}: fine-tuned classifiers are not registered;"
+            " leave it empty (the weights are an artifact of the run)"
+        )
+    if config.init.keep_head and not config.init.checkpoint:
+        raise SettingError("init.keep_head=true without init.checkpoint: there is no head to keep")
+
+
+def _check_pretraining(config: PretrainConfig) -> None:
+    family = FAMILY_OF.get(config.objective.kind)
+    if family and config.model.family != family:
+        raise SettingError(
+            f"model.family={config.model.family!r} does not go with objective.kind={config.objective.kind!r}:"
+            f" set model.family={family}"
+        )
+    check_objective(config.objective)
+    if config.eval.bank < config.eval.k:
+        raise SettingError(
+            f"eval.bank={config.eval.bank} is smaller than eval.k={config.eval.k}: neighbours would be missing"
+        )
+    if config.eval.k < 1:
+        raise SettingError(f"eval.k={config.eval.k}: it must be at least 1")
+    if config.train.optimizer.layer_decay != 1:
+        raise SettingError(
+            f"train.optimizer.layer_decay={config.train.optimizer.layer_decay}: pre-training has one rate for all"
+            " layers; leave it at 1 (jobs/finetune.py uses it)"
+        )

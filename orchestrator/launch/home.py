@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from orchestrator.config.tree import JobConfig
+from orchestrator.config.tree import FinetuneConfig, JobConfig
 from orchestrator.data.store import StoreConfig
 from orchestrator.track.config import resolve as resolve_tracking
 
@@ -45,7 +45,10 @@ def resolve(config: C, environment: Mapping[str, str] = os.environ) -> C:
         image_size=config.data.image_size or config.model.img_size,
         store=store,
     )
-    return replace(config, data=data, track=track, run=replace(config.run, storage=storage))
+    config = replace(config, data=data, track=track, run=replace(config.run, storage=storage))
+    if isinstance(config, FinetuneConfig) and config.init.checkpoint:
+        return replace(config, init=replace(config.init, checkpoint=_absolute(config.init.checkpoint)))
+    return config
 
 
 def _absolute(place: str) -> str:

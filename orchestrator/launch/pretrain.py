@@ -32,8 +32,8 @@ from orchestrator.track.environment import driver_facts
 def pretrain(config: JobConfig, recipe: str) -> int:
     """Runs one training; returns the exit code (0 finished or stopped on request, 1 failed, 2 wrong settings)."""
     started = time.monotonic()
-    manifest = check(config)
-    fields = result_fields(config, manifest.fingerprint)
+    checked = check(config)
+    fields = {**result_fields(config, checked.manifest.fingerprint), **checked.inputs}
     name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
     config = replace(config, run=replace(config.run, name=name))
     folder = Folder(f"{config.run.storage}/{name}", config.data.store)

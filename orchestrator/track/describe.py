@@ -33,7 +33,7 @@ def run_description(
     head = f"{purpose.strip()}\n\n" if purpose.strip() else ""
     return (
         f"{head}| | |\n|---|---|\n{table}\n\n"
-        "Curves: `train/loss` and its parts, `eval/knn_top1` on held-out images. Picture: artifact `figures/`. "
+        "Curves: `train/loss` and its parts, `eval/` on held-out images. Pictures: artifact `figures/`. "
         "Story in one file: artifact `report.html`. Resume: type the same command again."
     )
 

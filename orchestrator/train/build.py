@@ -28,7 +28,11 @@ def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> Tra
     task.train()
     trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     lr = peak_lr(config.train.optimizer, config.train.global_batch)
-    optimizer = build_optimizer(parameter_groups(trainable, config.train.optimizer, lr), config.train.optimizer)
+    depths = kind.depths(task)
+    groups = parameter_groups(
+        trainable, config.train.optimizer, lr, depths.__getitem__ if depths else None, max(depths.values(), default=0)
+    )
+    optimizer = build_optimizer(groups, config.train.optimizer)
     average = WeightAverage(trainable, config.train.optimizer.average_decay)
     mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
     return TrainState(task, optimizer, average, grad_norm_mean=mean)

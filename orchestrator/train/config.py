@@ -53,6 +53,22 @@ class GuardConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Where training of a classifier begins."""
+
+    checkpoint: str = field(
+        default="",
+        metadata={
+            "affects_result": False,  # its content does, as `init.weights` in the run record
+            "help": "run directory or URI, a .safetensors file of ours, or a published .pth/.pt/.bin; empty = scratch",
+        },
+    )
+    keep_head: bool = field(
+        default=False, metadata={"help": "also take the file's classifier head, when it has as many classes"}
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Length, batch and precision of a run."""
 

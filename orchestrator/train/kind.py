@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from itpn_core.task import Task
-from orchestrator.config.tree import JobConfig
+from orchestrator.config.tree import FinetuneConfig, JobConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.train.context import RunContext
 
@@ -21,6 +21,7 @@ class Weights(NamedTuple):
     file: str
     """File name under `final/`."""
     tensors: dict[str, Tensor]
+    """A backbone or a classifier, under official names."""
 
 
 class Kind(Protocol[T]):
@@ -28,6 +29,9 @@ class Kind(Protocol[T]):
 
     def build_task(self) -> T:
         """A fresh task; weights are drawn from torch's default generator."""
+
+    def depths(self, task: T) -> dict[str, int]:
+        """Depth of every parameter for layer-wise learning rates, 0 = stem; {} when all rates are equal."""
 
     def start(self, task: T) -> None:
         """What a new run does before its first step; a resumed run does not. Every rank calls it."""
@@ -56,12 +60,18 @@ class Kind(Protocol[T]):
     def objective(self) -> str:
         """What is trained for, in a few words."""
 
+    def norm(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation that images in [0, 1] are normalised with."""
+
     def weights(self, task: T) -> Weights:
         """What others will want of the task's weights, under official names."""
 
 
 def open_kind(config: JobConfig, run: RunContext, manifest: Manifest) -> Kind[Any]:
     """The kind of training that a configuration is for."""
+    from orchestrator.train.finetuning import Finetuning
     from orchestrator.train.pretraining import Pretraining
 
+    if isinstance(config, FinetuneConfig):
+        return Finetuning(config, run, manifest)
     return Pretraining(config, run, manifest)

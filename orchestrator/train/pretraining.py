@@ -39,6 +39,11 @@ class Pretraining:
         """Student, teacher and objective."""
         return build_task(self._config.model, self._config.objective)
 
+    def depths(self, task: PretrainTask) -> dict[str, int]:
+        """As `Kind.depths`: rates do not fall by layer."""
+        del task
+        return {}
+
     def start(self, task: PretrainTask) -> None:
         """Takes the statistics of the targets."""
         fit_statistics(task, self._config, self._train, self._run)
@@ -71,6 +76,10 @@ class Pretraining:
             return "pixels"
         teacher = objective.teacher.model if objective.kind in ("fast", "clip") else "its own moving average"
         return f"{objective.kind}: features of {teacher}"
+
+    def norm(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """As `Kind.norm`."""
+        return self._config.objective.mean, self._config.objective.std
 
     def weights(self, task: PretrainTask) -> Weights:
         """The backbone."""

@@ -170,7 +170,7 @@ class RunRecords:
         """Keeps pictures and tables with the run."""
         if self._recorder is not None:
             for path in paths:
-                self._recorder.artifact(path, "figures")
+                self._recorder.artifact(path, path.parent.name)
 
     def state(self, name: str, reason: str) -> None:
         """Records the lifecycle state that the driver will confirm."""
@@ -199,7 +199,7 @@ class RunRecords:
 
     def _register(self, weights: Path, model: dict[str, Any], step: int) -> None:
         assert self._recorder is not None  # noqa: S101 -- only called with one
-        objective = self._config.objective
+        mean, std = self._kind.norm()
         card = model_card(
             name=self._config.run.name,
             model=model,
@@ -211,8 +211,8 @@ class RunRecords:
             weights,
             model,
             step=step,
-            mean=objective.mean,
-            std=objective.std,
+            mean=mean,
+            std=std,
             metrics=self._evaluation,
             card=card,
         )

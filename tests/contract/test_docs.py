@@ -12,9 +12,14 @@ import torch
 from itpn_core.models import build_backbone
 from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.load import load
-from orchestrator.config.tree import PretrainConfig
+from orchestrator.config.tree import FinetuneConfig, PretrainConfig
+from orchestrator.launch.cli import run_job
+from orchestrator.launch.home import resolve
+from orchestrator.launch.pretrain import pretrain
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
+DEFAULT_RECIPES = {"pretrain.py": "first_run.yaml", "finetune.py": "finetune_first_run.yaml"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Preparations that need no check beyond their form.
 PLAIN = ("source .venv/bin/activate", "export RAY_AUTH_MODE=token", "ray start --head")
@@ -56,6 +61,11 @@ def test_command_exists(page, command):
         assert command.startswith(PLAIN), f"{page}: no check for {command!r}"
 
 
+def schema_of(recipe):
+    """What a recipe configures, by its name."""
+    return FinetuneConfig if recipe.name.startswith("finetune") else PretrainConfig
+
+
 def check_job(page, words):
     """A job that exists, with options it has and settings it accepts."""
     assert words[0] == "python"
@@ -66,11 +76,10 @@ def check_job(page, words):
     script = ROOT / words[1]
     assert script.exists(), f"{page}: {words}"
     arguments = words[2:]
-    if script.name == "pretrain.py":
-        recipe = (
-            arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else "jobs/recipes/first_run.yaml"
-        )
-        load(PretrainConfig, ROOT / recipe, [word for word in arguments if re.match(r"[a-z_.]+=", word)])
+    if script.name in DEFAULT_RECIPES:
+        default = f"jobs/recipes/{DEFAULT_RECIPES[script.name]}"
+        recipe = ROOT / (arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else default)
+        load(schema_of(recipe), recipe, [word for word in arguments if re.match(r"[a-z_.]+=", word)])
         return
     options = {word.split("=")[0] for word in arguments if word.startswith("--")}
     if options:
@@ -86,9 +95,9 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_recipes_load_and_tell_what_they_are(recipe):
-    load(PretrainConfig, recipe, [])
+    load(schema_of(recipe), recipe, [])
     head = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
     for word in ("Follows:", "Command:", "Verified:"):
         assert any(word in line for line in head), f"{recipe.name}: its header lacks {word}"
@@ -101,10 +110,21 @@ def test_constraints_pin_what_was_tested():
     assert {"ray", "timm", "webdataset", "mlflow", "omegaconf"} <= pins.keys()
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
 def test_recipes_build_on_the_meta_device(recipe):
-    config = load(PretrainConfig, recipe, [])
+    config = load(schema_of(recipe), recipe, [])
     with torch.device("meta"):
         model = build_backbone(config.model)
     assert next(model.parameters()).is_meta
-    assert config.model.family == FAMILY_OF[config.objective.kind]
+    if isinstance(config, PretrainConfig):
+        assert config.model.family == FAMILY_OF[config.objective.kind]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
+def test_recipes_pass_print_config(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ITPN_HOME", str(tmp_path))
+    schema = schema_of(recipe)
+    assert run_job(schema, "", str(recipe), pretrain, resolve, ["--print-config"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load(schema, again, []) == resolve(load(schema, recipe, []))

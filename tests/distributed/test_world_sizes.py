@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestrator.train.engine import Engine
-from tests.support import LocalRun, tiny_config, write_shards
+from tests.support import LocalRun, tiny_classifier, tiny_config, write_shards
 
 WORDS = ("train.precision=fp64", "train.epochs=4", "checkpoint.every_epochs=0", "train.log_every=1")
 STEPS = 20
@@ -56,21 +56,22 @@ def run_steps(config, rank, world, first=0, last=STEPS):
     return seen
 
 
-def child(rank, world, port, words, first, last, place):
+def child(rank, world, port, words, first, last, place, make):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        seen = run_steps(tiny_config(*words), rank, world, first, last)
+        seen = run_steps(make(*words), rank, world, first, last)
         torch.save((seen.ids, seen.losses, seen.gradients), f"{place}/rank-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def run_world(world, port, data, tmp_path, *words, first=0, last=STEPS):
+def run_world(world, port, data, tmp_path, *words, first=0, last=STEPS, make=tiny_config):
     """Runs a group of processes and joins what they saw: (ids per step over all ranks, losses, gradients)."""
     tmp_path.mkdir(exist_ok=True)
-    mp.spawn(child, (world, port, (data, tmp_path, *WORDS, *words), first, last, str(tmp_path)), nprocs=world)
+    arguments = (world, port, (data, tmp_path, *WORDS, *words), first, last, str(tmp_path), make)
+    mp.spawn(child, arguments, nprocs=world)
     ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
     ids = [list(itertools.chain(*parts)) for parts in zip(*(r[0] for r in ranks), strict=True)]
     assert all(r[1] == ranks[0][1] for r in ranks), "ranks disagree about the losses"
@@ -137,3 +138,20 @@ def test_float32_gradient_of_two_ranks_is_close(data, tmp_path):
     whole = torch.cat([g.flatten() for g in seen.gradients.values()])
     found = torch.cat([gradients[name].flatten() for name in seen.gradients])
     assert float((found - whole).norm()) <= 1e-5 * float(whole.norm())
+
+
+# With 15 images, two ranks cut a pair of mixed images; so do micro-batches of three.
+CUT = ("train.global_batch=15",)
+
+
+@pytest.fixture(scope="module")
+def classifier_alone(data, tmp_path_factory):
+    seen = run_steps(tiny_classifier(data, tmp_path_factory.mktemp("one"), *WORDS, *CUT), 0, 1, last=6)
+    return seen.losses, seen.gradients
+
+
+@pytest.mark.parametrize(("words", "port"), [((), 29631), (("train.micro_batch=3",), 29632)], ids=["whole", "micro"])
+def test_mixing_erasing_and_drop_path_agree_on_two_ranks(data, classifier_alone, tmp_path, words, port):
+    _, losses, gradients = run_world(2, port, data, tmp_path / "w", *CUT, *words, last=6, make=tiny_classifier)
+    assert losses == pytest.approx(classifier_alone[0], rel=1e-8)
+    assert_same_gradients(gradients, classifier_alone[1])
