@@ -126,13 +126,18 @@ def _beta(draws_B: Tensor, alpha: float) -> Tensor:
     """Beta(alpha, alpha) numbers from uniform ones, through the quantile function."""
     if alpha == 1:
         return draws_B
-    table_Q = torch.from_numpy(beta_quantiles(alpha)).to(draws_B.device)
+    table_Q = _table(alpha, draws_B.device)
     place_B = draws_B * (_QUANTILES - 1)
     low_B = place_B.floor().long()
     return torch.lerp(table_Q[low_B], table_Q[low_B + 1], place_B - low_B)
 
 
 @lru_cache(maxsize=8)
+def _table(alpha: float, device: torch.device) -> Tensor:
+    """The quantiles on the device; copied once, as a copy from host memory would wait in every step."""
+    return torch.from_numpy(beta_quantiles(alpha)).to(device)
+
+
 def beta_quantiles(alpha: float) -> npt.NDArray[np.float32]:
     """Quantiles of Beta(alpha, alpha) at 0, 1/4096 ... 1.
 
