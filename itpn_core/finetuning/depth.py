@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm.models._manipulate import group_with_matcher
+from timm.models import group_parameters
 
 from itpn_core.models.backbone import Backbone
 
@@ -12,5 +12,5 @@ def parameter_depths(model: Backbone) -> dict[str, int]:
 
     A merge counts with the block before it (`Backbone.group_matcher`).
     """
-    depths: dict[str, int] = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
+    depths: dict[str, int] = group_parameters(model, model.group_matcher(), reverse=True)
     return depths
