@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from itpn_core.benchmark import models, token_reduction, window_attention
+from itpn_core.benchmark import models, pretraining, token_reduction, window_attention
 
-COMMANDS = {"models": models, "token_reduction": token_reduction, "window_attention": window_attention}
+COMMANDS = {
+    "models": models,
+    "pretraining": pretraining,
+    "token_reduction": token_reduction,
+    "window_attention": window_attention,
+}
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from itpn_core.task import Examples, Task
+
 
 def count_flops(function: Callable[..., object], *inputs: Tensor) -> int:
     """Floating point operations (2 per multiply-add) of matrix products, convolutions and attention in one call.
@@ -70,3 +72,25 @@ def throughput(
             _wait(device)
             rates[name].append(images / (time.perf_counter() - start))
     return {name: Throughput(statistics.median(r), min(r), max(r)) for name, r in rates.items()}
+
+
+def training_flops(task: Task, image_size: int, device: torch.device) -> float:
+    """FLOPs of one image in one training step: targets once, the student's forward pass three times.
+
+    The backward pass of a matrix product is two products of the same size. Recomputation of activations is not counted:
+    it is not the model's work. Counted on two images, as some tasks mix pairs.
+    """
+    images = torch.zeros(2, 3, image_size, image_size, device=device, dtype=next(task.parameters()).dtype)
+    whole = torch.ones(2, dtype=torch.bool, device=device)
+    number = torch.arange(2, device=device)
+    mode = task.training
+    task.eval()
+    try:
+        examples = Examples(images, number * 0, whole, number, slice(0, 2))
+        targets = count_flops(lambda: task.prepare(examples))
+        with torch.no_grad():
+            inputs, wanted = task.prepare(examples)
+        forward = count_flops(lambda: task(inputs, wanted, examples.keys))
+    finally:
+        task.train(mode)
+    return (targets + 3 * forward) / 2

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from itpn_core.errors import UserError
+from orchestrator.checkpoint.retention import kept
 from orchestrator.data.folder import Folder, StorageError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ class Snapshot:
     """CPU tensors by name; nothing else may reference them."""
     state: dict[str, Any]
     """JSON values."""
+    made_by: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of what made it; known for a loaded one."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,17 @@ class CheckpointStore:
     Args:
         folder: the run's folder.
         keep: newest committed checkpoints that stay.
+        every_steps: of every range of so many steps one checkpoint stays for good; 0 = none does.
+        made_by: fingerprints (settings, data, code) that go into every marker.
     """
 
-    def __init__(self, folder: Folder, keep: int) -> None:
+    def __init__(self, folder: Folder, keep: int, every_steps: int = 0, made_by: dict[str, str] | None = None) -> None:
         self._folder = folder
         self._keep = keep
+        self._every_steps = every_steps
+        self.made_by = made_by or {}
+        self.best = -1
+        """Step of the best checkpoint, which stays; -1 = none is."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.last_committed = -1
@@ -158,7 +167,7 @@ class CheckpointStore:
                 state = json.loads(Path(scratch, STATE).read_text(encoding="utf-8"))
             except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError) as error:
                 raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
-        return Snapshot(step, tensors, state)
+        return Snapshot(step, tensors, state, marker.get("made_by", {}))
 
     def _try_write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> None:
         """Writes, and keeps a storage failure for whoever asks: training does not end because of it."""
@@ -189,7 +198,7 @@ class CheckpointStore:
             for path in (tensors, state):
                 self._folder.put(f"{where}/{path.name}", path)
         before_commit()
-        marker = json.dumps({"version": 1, "step": snapshot.step, "files": files})
+        marker = json.dumps({"version": 1, "step": snapshot.step, "files": files, "made_by": self.made_by})
         self._folder.put(f"{where}/{MARKER}", marker.encode())
         return sum(file["bytes"] for file in files.values())
 
@@ -200,7 +209,8 @@ class CheckpointStore:
 
     def _retire(self) -> None:
         try:
-            for step in self.steps()[: -self._keep]:
+            steps = self.steps()
+            for step in sorted(set(steps) - kept(steps, self._keep, self._every_steps, self.best)):
                 # The marker goes first: a half-deleted checkpoint must not look committed.
                 where = f"checkpoints/{_name(step)}"
                 self._folder.delete([f"{where}/{MARKER}"])

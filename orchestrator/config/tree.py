@@ -13,6 +13,7 @@ from orchestrator.evaluate.config import ClassifyEvalConfig, EvalConfig, Measure
 from orchestrator.launch.config import ClusterConfig, RunConfig
 from orchestrator.track.config import TrackConfig
 from orchestrator.train.config import InitConfig, TrainConfig
+from orchestrator.train.profile import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "shards, order and augmentation"})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "length, batch, precision, optimizer"})
     eval: EvalConfig = field(default_factory=EvalConfig, metadata={"help": "k-NN on held-out images"})
+    profile: ProfileConfig = field(
+        default_factory=ProfileConfig, metadata={"help": "profiler trace", "affects_result": False}
+    )
     checkpoint: CheckpointConfig = field(
         default_factory=CheckpointConfig, metadata={"help": "saving", "affects_result": False}
     )
@@ -48,6 +52,9 @@ class FinetuneConfig:
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "shards, order and augmentation"})
     train: TrainConfig = field(default_factory=TrainConfig, metadata={"help": "length, batch, precision, optimizer"})
     eval: ClassifyEvalConfig = field(default_factory=ClassifyEvalConfig, metadata={"help": "top-1 on held-out images"})
+    profile: ProfileConfig = field(
+        default_factory=ProfileConfig, metadata={"help": "profiler trace", "affects_result": False}
+    )
     checkpoint: CheckpointConfig = field(
         default_factory=CheckpointConfig, metadata={"help": "saving", "affects_result": False}
     )

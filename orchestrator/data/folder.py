@@ -87,6 +87,15 @@ class Folder:
             raise StorageError(f"cannot reach {self.uri}/{key}: {_short(error)}") from error
         return True
 
+    def modified(self, key: str) -> float:
+        """When the object was written, in Unix seconds of the storage's own clock; raises as `get`."""
+        try:
+            return float(self._store.head(key)["last_modified"].timestamp())
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{key}") from None
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot reach {self.uri}/{key}: {_short(error)}") from error
+
     def names(self, prefix: str = "") -> list[str]:
         """Names directly below `prefix` (folders without a trailing slash), sorted."""
         try:

@@ -18,7 +18,7 @@ from itpn_core.models.backbone import Backbone
 from itpn_core.random import name_key, stream_keys_numpy, uniform_numpy
 from orchestrator.dense.config import DenseTrainConfig
 from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr, set_lr
-from orchestrator.train.step import autocast_dtype
+from orchestrator.train.precision import autocast_dtype
 
 Say = Callable[[str], None]
 Record = Callable[[int, dict[str, float]], None]

@@ -19,7 +19,7 @@ from orchestrator.data.views import EvalView
 from orchestrator.evaluate.features import collect
 from orchestrator.track.confusion import confusion_figure
 from orchestrator.train.context import RunContext
-from orchestrator.train.step import autocast_dtype
+from orchestrator.train.precision import autocast_dtype
 
 TOP = 5
 

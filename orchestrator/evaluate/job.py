@@ -30,7 +30,7 @@ from orchestrator.launch.place import local_directory
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
 from orchestrator.track.reduction_figure import draw_reduction
-from orchestrator.train.step import autocast_dtype
+from orchestrator.train.precision import autocast_dtype
 
 GIVEN = "given"
 _CLOSE_S = 30.0

@@ -24,7 +24,7 @@ from orchestrator.data.views import EvalView
 from orchestrator.evaluate.features import Extract, collect
 from orchestrator.evaluate.neighbours import Measured
 from orchestrator.train.context import RunContext
-from orchestrator.train.step import autocast_dtype
+from orchestrator.train.precision import autocast_dtype
 
 
 class Evaluator:

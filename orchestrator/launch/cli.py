@@ -15,7 +15,7 @@ from orchestrator.config.schema import help_text, leaves
 
 T = TypeVar("T")
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_HELD = 0, 1, 2, 3
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_STORAGE = 0, 1, 2, 3, 4
 
 
 def run_job(

@@ -16,6 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import open_board, watch
@@ -23,14 +24,15 @@ from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_OK
 from orchestrator.launch.cluster import Resources, connected, request
 from orchestrator.launch.finish import end_table, record_end
-from orchestrator.launch.record import RunRecord, fingerprint, open_record, result_fields
+from orchestrator.launch.record import RunRecord, open_record
 from orchestrator.launch.show import ProgressLine, duration
 from orchestrator.launch.worker import Assignment, train_worker
 from orchestrator.track.environment import driver_facts
+from orchestrator.train.hangs import untold
 
 
 def pretrain(config: JobConfig, recipe: str) -> int:
-    """Runs one training; returns the exit code (0 finished or stopped on request, 1 failed, 2 wrong settings)."""
+    """Runs one training; returns the exit code (docs/training.md lists them)."""
     started = time.monotonic()
     checked = check(config)
     fields = {**result_fields(config, checked.manifest.fingerprint), **checked.inputs}
@@ -57,7 +59,7 @@ def pretrain(config: JobConfig, recipe: str) -> int:
     if "refused" in returned:
         record_end(config, folder, record, "failed", returned["refused"])
         print(f"error: {returned['refused']}", file=sys.stderr)
-        return EXIT_FAILED
+        return int(returned["exit"])
     return _ended(config, folder, record, returned["outcome"])
 
 
@@ -144,6 +146,8 @@ def _stop_signals(board: Any) -> Iterator[None]:
 
 def _failed(config: JobConfig, folder: Folder, record: RunRecord, error: TrainingFailedError | None) -> int:
     cause = root_cause(error)
+    for text in untold(folder):
+        print(text, file=sys.stderr)  # a hang of rank 0 that no later attempt could tell of
     key = f"failures/attempt-{record.attempts:04d}.txt"
     folder.put(key, str(error).encode())
     print(f"error: the run failed: {cause}\n(all of it: {folder.uri}/{key})", file=sys.stderr)

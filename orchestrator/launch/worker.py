@@ -17,9 +17,10 @@ from ray.train import Checkpoint
 
 from itpn_core.errors import UserError
 from orchestrator.config.tree import JobConfig
-from orchestrator.data.errors import DataError
+from orchestrator.data.errors import DataError, StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import BoardClient, Progress
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_STORAGE
 from orchestrator.launch.place import local_directory
 from orchestrator.train.loop import train
 
@@ -97,9 +98,11 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         return {"outcome": asdict(train(assignment.config, run))}
     except DataError:
         raise  # may be one rank's storage trouble, which a restart can cure
+    except StorageGoneError as error:
+        return {"refused": str(error), "exit": EXIT_STORAGE}
     except UserError as error:
         # Every rank finds the same mistake, and a restart would find it again: say it instead of retrying.
-        return {"refused": str(error)}
+        return {"refused": str(error), "exit": EXIT_FAILED}
     finally:
         run.close()
 

@@ -8,8 +8,10 @@ import torch
 
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.order import SampleOrder
+from orchestrator.train.compiling import checkpoint_gradients, compile_blocks
 from orchestrator.train.kind import Kind
 from orchestrator.train.optimizer import build_optimizer, parameter_groups, peak_lr
+from orchestrator.train.precision import LossScale
 from orchestrator.train.state import TrainState, WeightAverage
 
 
@@ -26,6 +28,10 @@ def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> Tra
     if config.train.precision == "fp64":
         task = task.double()
     task.train()
+    if config.train.grad_checkpointing:
+        checkpoint_gradients(task)
+    if config.train.compile:
+        compile_blocks(task, config.train.compile_backend)
     trainable = [(name, p) for name, p in task.named_parameters() if p.requires_grad]
     lr = peak_lr(config.train.optimizer, config.train.global_batch)
     depths = kind.depths(task)
@@ -35,4 +41,5 @@ def build_state(config: JobConfig, kind: Kind[Any], device: torch.device) -> Tra
     optimizer = build_optimizer(groups, config.train.optimizer)
     average = WeightAverage(trainable, config.train.optimizer.average_decay)
     mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
-    return TrainState(task, optimizer, average, grad_norm_mean=mean)
+    scale = LossScale(config.train.precision == "fp16", config.train.loss_scale, device)
+    return TrainState(task, optimizer, average, grad_norm_mean=mean, loss_scale=scale)

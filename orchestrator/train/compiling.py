@@ -11,6 +11,9 @@ from torch import nn
 from itpn_core.errors import ConfigError
 from itpn_core.task import Task
 
+VARIANTS = 64
+"""Compiled variants of one block's code that are kept before torch falls back to running it eager."""
+
 
 def blocks(task: nn.Module) -> Iterator[nn.Module]:
     """The repeated parts of a model: entries of its module lists that have parameters, outermost first."""
@@ -29,6 +32,8 @@ def compile_blocks(task: Task, backend: str) -> int:
     Returns:
         How many modules were marked; they are compiled when they are called first.
     """
+    # Blocks of one class share their code, and torch counts variants (width, gradients on or off, batch) per code.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     parts = list(blocks(task))
     teacher = getattr(task, "teacher", None)
     if isinstance(teacher, nn.Module):

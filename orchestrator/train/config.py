@@ -82,7 +82,22 @@ class TrainConfig:
         },
     )
     precision: str = field(
-        default="auto", metadata={"help": "auto | fp32 | bf16 | fp64", "choices": "auto,fp32,bf16,fp64"}
+        default="auto",
+        metadata={
+            "help": "auto | fp32 | bf16 | fp16 | fp64; auto: bf16 where the device computes it, else fp32",
+            "choices": "auto,fp32,bf16,fp16,fp64",
+        },
+    )
+    loss_scale: float = field(default=65536.0, metadata={"help": "fp16: factor on the loss at the first step"})
+    grad_checkpointing: bool = field(
+        default=False,
+        metadata={"affects_result": False, "help": "keep no activations inside blocks: less memory, a third more work"},
+    )
+    compile: bool = field(
+        default=False, metadata={"affects_result": False, "help": "compile every block and the teacher (torch.compile)"}
+    )
+    compile_backend: str = field(
+        default="inductor", metadata={"affects_result": False, "help": "torch.compile's backend"}
     )
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
     log_every: int = field(

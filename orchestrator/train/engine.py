@@ -17,14 +17,16 @@ from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.views import train_view
 from orchestrator.train.build import build_state, training_order
+from orchestrator.train.compiling import run_eager
 from orchestrator.train.context import RunContext
 from orchestrator.train.goodput import Goodput
 from orchestrator.train.kind import open_kind
 from orchestrator.train.monitor import Monitor
 from orchestrator.train.optimizer import peak_lr
 from orchestrator.train.outcome import Outcome
+from orchestrator.train.profile import Profiler
 from orchestrator.train.records import RunRecords
-from orchestrator.train.saving import Saver, load_agreed
+from orchestrator.train.saving import Saver, changed_since, fingerprints, load_agreed
 from orchestrator.train.step import Step
 from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
@@ -52,20 +54,26 @@ class Engine:
         self.peak_lr = peak_lr(config.train.optimizer, config.train.global_batch)
         self.step_fn: Step | None = None
         self.window: Window | None = None
-        self.checkpoints = CheckpointStore(run.folder, config.checkpoint.keep)
+        self.checkpoints = CheckpointStore(
+            run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run)
+        )
         self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
             config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.peak_lr,
             self.order,
         )  # fmt: skip
+        self.profiler = Profiler(config.profile, run.directory, self.records.trace)
         self._loader: Loader | None = None
         self._evaluated = -1
 
     def __enter__(self) -> Engine:
+        self.watchdog.start()
         self._exit.callback(self.watchdog.close)
+        self.goodput.start()
         self._exit.callback(self.goodput.close)
         self._exit.callback(self.checkpoints.close)
+        self._exit.callback(self.profiler.close)
         self._exit.callback(self.records.close)
         return self
 
@@ -81,7 +89,10 @@ class Engine:
         snapshot = load_agreed(self.checkpoints, self.run)
         if snapshot is not None:
             self.state.restore(snapshot)
+            self.checkpoints.best = self.state.best_step
             self.run.note(f"resumed from the checkpoint of step {self.state.step} of {self.total}")
+            for line in changed_since(snapshot, self.checkpoints.made_by):
+                self.run.note(f"warning: {line}")
         else:
             self.kind.start(self.state.task)
             self.state.average.restart()
@@ -155,11 +166,13 @@ class Engine:
         count = self.order.batch_size(batch.index, self.config.train.global_batch)
         self.watchdog.take_up(batch.ids.tolist())
         self.watchdog.collective(f"gradients of step {self.state.step}")
+        self.profiler.before(self.state.step)
         with self.goodput.span("compute"):
             values = self.step_fn(batch, count)
             if self.window is None:
                 self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
             self.window.add(values)
+        self.profiler.after(self.state.step - 1)
         self.watchdog.stepped(self.state.step)
 
     def window_due(self) -> bool:
@@ -256,7 +269,7 @@ class Engine:
     def evaluate(self) -> None:
         """Measures the averaged (or live) weights on all ranks; records it and reports to the launcher."""
         self.watchdog.collective(f"features for the evaluation at step {self.state.step}")
-        with self.goodput.span("evaluation"):
+        with self.goodput.span("evaluation"), run_eager():
             self._evaluate()
 
     def _evaluate(self) -> None:
@@ -270,6 +283,8 @@ class Engine:
         finally:
             state.average.swap()
         self._evaluated = state.step
+        if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
+            self.checkpoints.best = state.step
         self.records.evaluation(state, metrics)
         self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
 

@@ -16,6 +16,8 @@ from orchestrator.train.context import RunContext
 from orchestrator.train.ledger import CLASSES, KEY, Ledger, Stopwatch, Trace, resumed
 
 FIELDS = (*CLASSES, "elapsed")
+REMOTE_EVERY_S = 5.0
+"""Seconds between two traces on an object store, where every one is a request."""
 
 
 class Goodput:
@@ -32,6 +34,10 @@ class Goodput:
         self._begun_at = time.time()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger") if run.rank == 0 else None
         self._pending: Future[bool] | None = None
+        self._left_at = 0.0
+
+    def start(self) -> None:
+        """Lets the compiler tell when it is at work; `close` ends that."""
         callback_handler.register_start_callback(self._compile_starts)
         callback_handler.register_end_callback(self._compile_ends)
 
@@ -67,8 +73,13 @@ class Goodput:
     def take(self, sums: list[float], step: int, *, ended: bool = False) -> None:
         """Adds the sums over all ranks, and leaves a trace for the next attempt."""
         self.ledger.add(dict(zip(FIELDS, sums, strict=True)))
-        if self._pool is None or (self._pending and not self._pending.done() and not ended):
+        if self._pool is None:
+            return
+        local = self._run.folder.local_path() is not None
+        early = not local and time.time() - self._left_at < REMOTE_EVERY_S
+        if not ended and (early or (self._pending and not self._pending.done())):
             return  # a slow store loses a trace, never a step
+        self._left_at = time.time()
         trace = Trace(Ledger.from_json(self.ledger.to_json()), step, time.time(), self._run.world, ended)
         self._pending = self._pool.submit(self._leave, trace)
 

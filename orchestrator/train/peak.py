@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from itpn_core.evaluation.cost import count_flops
+from itpn_core.evaluation.cost import training_flops
 from itpn_core.evaluation.peaks import listed_peak
-from itpn_core.task import Examples, Task
+from itpn_core.task import Task
 
 
 def peak_tflops(stated: float, device: torch.device) -> float:
@@ -16,28 +16,6 @@ def peak_tflops(stated: float, device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     return listed_peak(torch.cuda.get_device_name(device))
-
-
-def training_flops(task: Task, image_size: int, device: torch.device) -> float:
-    """FLOPs of one image in one training step: targets once, the student's forward pass three times.
-
-    The backward pass of a matrix product is two products of the same size. Recomputation of activations is not counted:
-    it is not the model's work. Counted on two images, as some tasks mix pairs.
-    """
-    images = torch.zeros(2, 3, image_size, image_size, device=device, dtype=next(task.parameters()).dtype)
-    whole = torch.ones(2, dtype=torch.bool, device=device)
-    number = torch.arange(2, device=device)
-    mode = task.training
-    task.eval()
-    try:
-        examples = Examples(images, number * 0, whole, number, slice(0, 2))
-        targets = count_flops(lambda: task.prepare(examples))
-        with torch.no_grad():
-            inputs, wanted = task.prepare(examples)
-        forward = count_flops(lambda: task(inputs, wanted, examples.keys))
-    finally:
-        task.train(mode)
-    return (targets + 3 * forward) / 2
 
 
 class Utilisation:

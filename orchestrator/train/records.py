@@ -166,6 +166,11 @@ class RunRecords:
         path.write_text(json.dumps({"step": step, "values": values, "samples": samples}), encoding="utf-8")
         self._recorder.artifact(path, "guard")
 
+    def trace(self, path: Path) -> None:
+        """Keeps a profiler trace with the run."""
+        if self._recorder is not None:
+            self._recorder.artifact(path, "profile")
+
     def figures(self, paths: list[Path]) -> None:
         """Keeps pictures and tables with the run."""
         if self._recorder is not None:

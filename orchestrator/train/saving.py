@@ -9,7 +9,10 @@ import torch.distributed as dist
 
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.checkpoint.store import CheckpointStore, Snapshot
+from orchestrator.config.identity import fingerprint, result_fields
+from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import StorageGoneError
+from orchestrator.data.manifest import Manifest
 from orchestrator.train.context import RunContext
 
 Take = Callable[[], tuple[Snapshot, Callable[[], None]]]
@@ -34,6 +37,24 @@ def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
     chosen = [snapshot.step if snapshot else -1]
     dist.broadcast_object_list(chosen)
     return snapshot if run.rank == 0 or chosen[0] < 0 else store.load(chosen[0])
+
+
+def fingerprints(config: JobConfig, manifest: Manifest, run: RunContext) -> dict[str, str]:
+    """What made a checkpoint: hashes of the settings that decide results, of the data and of the source code."""
+    return {
+        "config": fingerprint(result_fields(config, manifest.fingerprint)),
+        "data": manifest.fingerprint,
+        "code": run.facts.get("source.sha256", ""),
+    }
+
+
+def changed_since(snapshot: Snapshot, now: dict[str, str]) -> list[str]:
+    """A line for everything that is no longer what the checkpoint was made with."""
+    return [
+        f"the checkpoint of step {snapshot.step} was made with other {what} ({was[:12]}, now {now.get(name, '')[:12]})"
+        for name, what in (("config", "settings"), ("data", "data"), ("code", "source code"))
+        if (was := snapshot.made_by.get(name, "")) and was != now.get(name, "")
+    ]
 
 
 class Saver:

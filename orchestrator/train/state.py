@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itpn_core.errors import ConfigError
 from itpn_core.task import Task
 from orchestrator.checkpoint.store import CheckpointError, Snapshot
+from orchestrator.train.hostcopy import HostCopy
 from orchestrator.train.ledger import Ledger
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from orchestrator.train.precision import LossScale
 
-SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds")
+SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds", "best_step", "best_value")
 
 
 class WeightAverage:
@@ -77,19 +80,45 @@ class TrainState:
     """Sample ids that could not be read and were left out within the budget."""
     grad_norm_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Running mean of the gradient norm that the spike guard compares with; on the device."""
+    loss_scale: LossScale = field(default_factory=lambda: LossScale(False, 1.0, torch.device("cpu")))
+    """Factor on the loss in fp16."""
+    best_step: int = -1
+    """Step of the best evaluation by `checkpoint.best_metric`; -1 = none yet."""
+    best_value: float | None = None
     seconds: float = 0.0
     """Training seconds of all attempts so far."""
+    _host: HostCopy = field(default_factory=HostCopy)
     ledger: Ledger = field(default_factory=Ledger)
     """Where the time of all ranks and attempts went."""
 
+    def note_best(self, metrics: dict[str, float], name: str, mode: str) -> bool:
+        """Whether this evaluation is the best so far; keeps it if so.
+
+        Raises:
+            ConfigError: the metric is not among those that are measured.
+        """
+        if not name:
+            return False
+        if name not in metrics:
+            known = ", ".join(sorted(metrics))
+            raise ConfigError("checkpoint.best_metric", name, f"it is not measured by this run; measured are: {known}")
+        value, best = metrics[name], self.best_value
+        if best is not None and (value <= best if mode == "max" else value >= best):
+            return False
+        self.best_step, self.best_value = self.step, value
+        return True
+
     def snapshot(self, extra: dict[str, Any]) -> Snapshot:
-        """A copy on the host of everything above; the training may go on at once."""
+        """A copy on the host of everything above; the training may go on at once.
+
+        The next call overwrites the tensors of this one.
+        """
         tensors = {f"task/{k}": v for k, v in self.task.persistent_state().items()}
         tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
         tensors |= {f"average/{k}": v for k, v in self.average.tensors.items()}
         tensors["guard/grad_norm_mean"] = self.grad_norm_mean
-        host = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        return Snapshot(self.step, host, {**self._scalars(), **extra})
+        tensors["guard/loss_scale"] = self.loss_scale.tensor
+        return Snapshot(self.step, self._host.take(tensors), {**self._scalars(), **extra})
 
     def restore(self, snapshot: Snapshot) -> None:
         """Loads a snapshot in place.
@@ -110,6 +139,7 @@ class TrainState:
                 for name, tensor in parts["average"].items():
                     self.average.tensors[name].copy_(tensor)
                 self.grad_norm_mean.copy_(parts["guard"]["grad_norm_mean"])
+                self.loss_scale.tensor.copy_(parts["guard"]["loss_scale"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this model: {error}") from None
         for name in SCALARS:

@@ -17,6 +17,7 @@ from orchestrator.data.device import augment
 from orchestrator.data.loader import Batch
 from orchestrator.train.config import TrainConfig
 from orchestrator.train.optimizer import lr_factor, set_lr
+from orchestrator.train.precision import autocast_dtype
 from orchestrator.train.state import TrainState
 
 
@@ -95,7 +96,8 @@ class Step:
             global_count: samples of the whole batch over all ranks, holes included.
 
         Returns:
-            This rank's summands of the global values: "loss", its parts, "grad_norm" and "skipped".
+            This rank's summands of the global values: "loss", its parts, "grad_norm", "skipped" and, in fp16,
+            "overflowed" and "loss_scale".
         """
         lr = self._peak_lr * lr_factor(self.state.step, self._total, self._config.optimizer)
         set_lr(self.state.optimizer, lr)
@@ -107,9 +109,8 @@ class Step:
             with contextlib.nullcontext() if last else self._no_sync():
                 for name, value in self._forward_backward(batch, part, global_count).items():
                     sums[name] = sums[name] + value if name in sums else value
-        norm, refused = self._update()
-        # Both are equal on all ranks; divided here because the window sums over ranks.
-        return {**sums, "grad_norm": norm / self._world, "skipped": refused / self._world}
+        # Equal on all ranks; divided here because the window sums over ranks.
+        return sums | {name: value / self._world for name, value in self._update().items()}
 
     def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
         return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else contextlib.nullcontext()
@@ -123,7 +124,8 @@ class Step:
         losses = {"loss": output.loss_B, **output.parts}
         # `where`, not a product: a hole's loss may be anything, also not a number.
         kept = {name: torch.where(weight_B, value_B, 0) for name, value_B in losses.items()}
-        torch.autograd.backward(kept["loss"].sum() * (self._world / global_count))
+        mean = kept["loss"].sum() * (self._world / global_count)
+        torch.autograd.backward(self.state.loss_scale.scaled(mean))
         return {name: value_B.detach().sum() / global_count for name, value_B in kept.items()}
 
     def _examples(self, batch: Batch, part: slice) -> Examples:
@@ -139,9 +141,12 @@ class Step:
         keys_B = stream_keys(self._config.seed, batch.epoch, ids_B, "objective")
         return Examples(images_B3HW, labels_B, valid_B, keys_B, own)
 
-    def _update(self) -> tuple[Tensor, Tensor]:
+    def _update(self) -> dict[str, Tensor]:
+        scale = self.state.loss_scale
+        scale.unscale(self._parameters)
         limit = self._config.optimizer.clip_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        overflowed = scale.update(norm)
         refused = self._refuse(norm)
         optimizer = self.state.optimizer
         # Fused AdamW leaves weights and moments untouched when `found_inf` is 1: the decision stays on the device.
@@ -152,7 +157,9 @@ class Step:
         self.state.step += 1
         self.state.average.update(self.state.step)
         self.state.task.ema_update(self.state.step / self._total)
-        return norm, refused
+        # An overflow is how the right scale is found: it costs a step and no budget.
+        values = {"grad_norm": norm, "skipped": refused - overflowed}
+        return values | ({"overflowed": overflowed, "loss_scale": scale.tensor[0]} if scale.enabled else {})
 
     @torch.no_grad()
     def _refuse(self, norm: Tensor) -> Tensor:
@@ -164,19 +171,6 @@ class Step:
         kept = torch.where(mean > 0, 0.99 * mean + 0.01 * norm.to(mean.dtype), norm.to(mean.dtype))
         mean.copy_(torch.where(bad, mean, kept))
         return bad.to(torch.float32)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The reduced precision of matrix products, or None: "auto" is bf16 where the device computes it, else fp32."""
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and _has_bf16(device)) else None
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    # Elsewhere bf16 would be emulated, which is slower than fp32.
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def distribute(task: nn.Module, device: torch.device, world: int) -> nn.Module:

@@ -44,7 +44,7 @@ class Position:
 
 
 class Watchdog:
-    """Watches one rank from the moment it is made until `close`.
+    """Watches one rank from `start` until `close`.
 
     Args:
         config: limits; `hang_s=0` watches nothing.
@@ -64,10 +64,14 @@ class Watchdog:
         self._incident = "starting"
         self._durations: deque[float] = deque(maxlen=101)
         self._stepped_at = 0.0
-        self._trainer = threading.get_ident()
+        self._trainer = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
-        if config.hang_s > 0:
+
+    def start(self) -> None:
+        """Begins to watch; the calling thread is the one that trains."""
+        self._trainer = threading.get_ident()
+        if self._config.hang_s > 0:
             self._thread.start()
 
     def begin(self) -> None:

@@ -5,12 +5,13 @@ import io
 import pytest
 
 from orchestrator.config.errors import SettingError
+from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.board import Progress
 from orchestrator.launch.home import resolve
-from orchestrator.launch.record import RunRecord, fingerprint, open_record, result_fields
+from orchestrator.launch.record import RunRecord, open_record
 from orchestrator.launch.show import ProgressLine, describe, duration, table
 
 

@@ -1,0 +1,164 @@
+"""A few steps of the engine in a group of processes, with everything written down that must not depend on the group."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.folder import Folder
+from orchestrator.train.engine import Engine
+
+
+@dataclass
+class Record:
+    """What a group saw, in the order of the global batch."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    masks: list[Tensor] = field(default_factory=list)
+    """Masks of every step, bool [B, N]; empty for objectives without."""
+    losses: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the first step, by parameter."""
+
+
+class Silent:
+    """A `RunContext` for ranks that nobody listens to."""
+
+    run_uid = "0" * 32
+    attempt = 1
+
+    def __init__(self, directory: Path, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.device = torch.device("cpu")
+        self.directory = directory
+        self.folder = Folder(str(directory))
+        self.facts: dict[str, str] = {}
+
+    def progress(self, stage: str, **_: Any) -> None:
+        """Not shown."""
+
+    def note(self, text: str) -> None:
+        """Not shown."""
+
+    def stop_reason(self) -> str:
+        """Never."""
+        return ""
+
+    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
+        """Not kept."""
+
+
+def walk(config: PretrainConfig, directory: Path, rank: int, world: int, kill_at: int = 0) -> Record:
+    """Takes the steps of one rank, from the newest checkpoint in `directory` if there is one.
+
+    Args:
+        config: its `train.max_steps` says how far.
+        directory: run directory of the group.
+        rank: this rank.
+        world: size of the group.
+        kill_at: SIGKILL to this very process once so many steps are on storage; 0 = never.
+    """
+    seen = Record()
+    with Engine(config, Silent(directory, rank, world)) as engine:
+        engine.restore()
+        _listen(engine, seen)
+        while not engine.finished():
+            with engine.batches() as batches:
+                for batch in batches:
+                    engine.step(batch)
+                    assert engine.window is not None  # noqa: S101 -- a step was taken
+                    seen.ids.append(batch.ids[batch.own].tolist())
+                    seen.losses.append(engine.window.read([]).rows[0]["loss"])
+                    if kill_at == engine.state.step:
+                        engine.save()
+                        engine.checkpoints.wait()
+                        os.kill(os.getpid(), signal.SIGKILL)
+    return seen
+
+
+def _listen(engine: Engine, seen: Record) -> None:
+    """Writes down masks as they are drawn, and the gradients of the first step before they are used."""
+    task: Any = engine.state.task
+    optimizer = engine.state.optimizer
+    update, mask = optimizer.step, getattr(task, "mask", None)
+
+    def observed(*arguments: Any) -> Any:
+        if not seen.gradients:
+            named = task.named_parameters()
+            seen.gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+        return update(*arguments)
+
+    def drawn(keys_B: Tensor) -> Tensor:
+        mask_BN: Tensor = mask(keys_B)  # type: ignore[misc]
+        seen.masks.append(mask_BN.clone())
+        return mask_BN
+
+    optimizer.step = observed  # type: ignore[assignment, method-assign]
+    if mask is not None:
+        task.mask = drawn
+
+
+def run_group(config: PretrainConfig, directory: Path, world: int, timeout_s: float, kill_at: int = 0) -> Record | None:
+    """Walks in `world` processes.
+
+    Returns:
+        What they saw together; None when they were to be killed and were.
+
+    Raises:
+        RuntimeError: a rank failed, or the group took too long.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    arguments = (config, str(directory), world, _free_port(), kill_at)
+    group = [context.Process(target=_child, args=(rank, *arguments), daemon=True) for rank in range(world)]
+    for process in group:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in group:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in group]
+    for process in group:
+        process.kill()
+    if kill_at and codes == [-signal.SIGKILL] * world:
+        return None
+    if codes != [0] * world:
+        raise RuntimeError(f"a group of {world} ended with exit codes {codes} (None = not within {timeout_s:g} s)")
+    return _together([torch.load(directory / f"rank-{rank}.pt", weights_only=True) for rank in range(world)])
+
+
+def _child(rank: int, config: PretrainConfig, directory: str, world: int, port: int, kill_at: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    if world > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    seen = walk(config, Path(directory), rank, world, kill_at)
+    torch.save(vars(seen), Path(directory, f"rank-{rank}.pt"))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def _together(ranks: list[dict[str, Any]]) -> Record:
+    steps = range(len(ranks[0]["losses"]))
+    return Record(
+        ids=[[i for rank in ranks for i in rank["ids"][step]] for step in steps],
+        masks=[torch.cat([rank["masks"][step] for rank in ranks]) for step in range(len(ranks[0]["masks"]))],
+        losses=ranks[0]["losses"],
+        gradients=ranks[0]["gradients"],
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
