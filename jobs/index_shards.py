@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -20,7 +21,11 @@ def parser() -> argparse.ArgumentParser:
     text.add_argument("--split", action="append", default=[], metavar="NAME=PATTERN", help="shards of one split")
     text.add_argument("--classes", type=Path, help="text file with one class name per line")
     text.add_argument("--threads", type=int, default=8, help="tars read at the same time")
-    text.add_argument("--endpoint", default="", help="URL of an S3-compatible server, else the cloud's own")
+    text.add_argument(
+        "--endpoint",
+        default=os.environ.get("AWS_ENDPOINT_URL", ""),
+        help="URL of an S3-compatible server; default $AWS_ENDPOINT_URL, else the cloud's own",
+    )
     text.add_argument("--verify", action="store_true", help="read every byte again and list what is damaged")
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,11 @@ def parser() -> argparse.ArgumentParser:
         flag = "--" + option.name.replace("_", "-")
         text.add_argument(flag, type=type(option.default), default=option.default, help=option.metadata["help"])
     text.add_argument("--cache", type=Path, default=Path("~/.cache/itpn-orchestrator"), help="folder for downloads")
-    text.add_argument("--endpoint", default="", help="URL of an S3-compatible server, else the cloud's own")
+    text.add_argument(
+        "--endpoint",
+        default=os.environ.get("AWS_ENDPOINT_URL", ""),
+        help="URL of an S3-compatible server; default $AWS_ENDPOINT_URL, else the cloud's own",
+    )
     return text
 
 

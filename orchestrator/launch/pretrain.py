@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -24,6 +24,7 @@ from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_OK
 from orchestrator.launch.cluster import Resources, connected, request
 from orchestrator.launch.finish import end_table, record_end
+from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord, open_record
 from orchestrator.launch.show import ProgressLine, duration
 from orchestrator.launch.worker import Assignment, train_worker
@@ -76,11 +77,11 @@ def _fit(
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
         run_config=RunConfig(
-            # Each start gets its own Ray record: what is resumed from is our own committed checkpoint.
+            # Ray's own record of the start stays on the driver's host, where its controller runs: what is resumed from
+            # is our committed checkpoint on run storage, so Ray needs no storage that every host reaches.
             name=f"ray-{record.attempts:04d}",
-            storage_path=folder.uri,
+            storage_path=str(local_directory(folder, record.run_uid) / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
     with _shown(board), _stop_signals(board):

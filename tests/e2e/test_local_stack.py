@@ -1,0 +1,216 @@
+"""One documented sequence: S3, PostgreSQL, MLflow with login and Ray, started and stopped by infra/local."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import boto3
+import psycopg2
+import pytest
+from mlflow import MlflowClient
+
+from tests.support import TINY, write_images
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+SERVICES = ("s3", "postgres", "mlflow", "ray")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+
+
+def have_postgres():
+    return bool(shutil.which("postgres") or list(Path("/usr/lib/postgresql").glob("*/bin/postgres")))
+
+
+def clean():
+    foreign = ("RAY_", "MLFLOW_", "AWS_", "ITPN_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+    return {**kept, "ITPN_PYTHON": sys.executable, "PATH": f"{BIN}:{kept['PATH']}"}
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+class LocalStack:
+    """The scripts as a person runs them."""
+
+    def __init__(self, home):
+        self.home = home
+        self.folder = home / "local"
+        names = ("s3", "postgres", "mlflow", "ray", "dashboard")
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
+
+    def script(self, name, *words):
+        return subprocess.run(
+            [str(ROOT / "infra" / "local" / name), *words], env={**clean(), "ITPN_HOME": str(self.home)},
+            capture_output=True, text=True, timeout=400, check=False,
+        )  # fmt: skip
+
+    def up(self):
+        done = self.script("up", *(word for n, port in self.ports.items() for word in (f"--{n}-port", str(port))))
+        assert done.returncode == 0, done.stderr
+        return done
+
+    def environment(self, exports):
+        shown = subprocess.run(
+            ["bash", "-c", exports + "\nenv -0"], env=clean(), capture_output=True, text=True, check=True
+        ).stdout
+        return dict(item.split("=", 1) for item in shown.split("\0") if "=" in item)
+
+    def processes(self):
+        shown = {name: (self.folder / "running" / f"{name}.json") for name in SERVICES}
+        return {name: path.read_text() for name, path in shown.items() if path.exists()}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    if not have_postgres():
+        pytest.skip("PostgreSQL is not installed (apt-get install postgresql)")
+    stack = LocalStack(tmp_path_factory.mktemp("stack"))
+    try:
+        stack.first = stack.up()
+        stack.env = stack.environment(stack.first.stdout)
+        yield stack
+    finally:
+        stack.script("down", "--delete-data")
+
+
+def http_status(url, user=""):
+    request = urllib.request.Request(url)
+    if user:
+        import base64
+
+        request.add_header("Authorization", "Basic " + base64.b64encode(user.encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_up_again_changes_nothing_and_prints_no_secret(stack):
+    before = stack.processes()
+    again = stack.up()
+    assert stack.processes() == before
+    assert again.stdout == stack.first.stdout
+    assert again.stderr.count("running already") == len(SERVICES)
+    for file in (stack.folder / "secrets").iterdir():
+        assert file.stat().st_mode & 0o077 == 0
+        assert file.read_text() not in again.stdout + again.stderr
+    # Command lines are visible to every account.
+    shown = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not any(file.read_text() in shown for file in (stack.folder / "secrets").iterdir())
+
+
+def test_a_taken_port_is_named_and_nothing_is_stopped(stack, tmp_path):
+    other = LocalStack(tmp_path)
+    other.ports = stack.ports
+    refused = other.script("up", *(word for n, port in stack.ports.items() for word in (f"--{n}-port", str(port))))
+    assert refused.returncode == 1
+    assert f"port {stack.ports['s3']} of 127.0.0.1 is taken" in refused.stderr
+    assert other.script("down").returncode == 0
+    assert stack.script("status").stdout.count(": running") == len(SERVICES)
+
+
+def test_shards_training_checkpoints_and_records_on_the_stack(stack, tmp_path):
+    env = stack.env
+    images = write_images(tmp_path / "images", 40)
+    made = subprocess.run(
+        [sys.executable, "jobs/make_shards.py", str(images), "s3://itpn/shards/tiny", "--shard-samples", "16",
+         "--val-fraction", "0.25"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    settings = [word for word in TINY if not word.startswith("track.follow")]
+    submit = [
+        str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", "python", "jobs/pretrain.py", *settings,
+        "cluster.workers=2", "run.name=job", "train.epochs=1", "data.source=s3://itpn/shards/tiny",
+        "run.storage=s3://itpn/runs", "track.required=true",
+    ]  # fmt: skip
+    done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "k-NN trained" in done.stdout
+
+    s3 = boto3.client(
+        "s3", endpoint_url=env["AWS_ENDPOINT_URL"], region_name="us-east-1",
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"], aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+    )  # fmt: skip
+    keys = [item["Key"] for item in s3.list_objects_v2(Bucket="itpn")["Contents"]]
+    assert any(key.startswith("runs/job/checkpoints/step-") and key.endswith("COMMITTED.json") for key in keys)
+    assert "runs/job/run.json" in keys
+    assert any(key.startswith("mlflow/") and key.endswith("config.yaml") for key in keys), "artifacts go through S3"
+    assert not list(Path(env.get("HOME", "/")).glob("mlruns"))
+
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        os.environ[name] = env[name]
+    try:
+        client = MlflowClient(env["MLFLOW_TRACKING_URI"])
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        (run,) = [r for r in client.search_runs(experiments) if r.info.run_name == "job"]
+        assert run.info.status == "FINISHED"
+        assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+        assert {"config.yaml", "weights"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
+    finally:
+        del os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"]
+
+    password = (stack.folder / "secrets" / "postgres-password").read_text()
+    where = {"host": "127.0.0.1", "port": stack.ports["postgres"], "user": "itpn", "dbname": "mlflow"}
+    with psycopg2.connect(**where, password=password) as database, database.cursor() as cursor:
+        cursor.execute("SELECT status FROM runs WHERE name = 'job'")
+        assert cursor.fetchall() == [("FINISHED",)]
+    with pytest.raises(psycopg2.OperationalError, match="password"):
+        psycopg2.connect(**where, password="wrong")
+
+
+def test_login_is_demanded_and_the_ui_answers(stack):
+    url = stack.env["MLFLOW_TRACKING_URI"]
+    api = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
+    good = f"admin:{stack.env['MLFLOW_TRACKING_PASSWORD']}"
+    assert http_status(api) == 401
+    assert http_status(api, "admin:wrong") == 401
+    assert http_status(api, good) == 200
+    assert http_status(f"{url}/", good) == 200
+
+
+def test_wrong_s3_credentials_end_with_one_line_before_any_worker(stack):
+    """Within seconds, exit code 2, and no second line."""
+    environment = {**stack.env, "AWS_SECRET_ACCESS_KEY": "wrong"}
+    settings = [word for word in TINY if not word.startswith("track.follow")]
+    command = [sys.executable, "jobs/pretrain.py", *settings, "data.source=s3://itpn/shards/tiny"]
+    done = subprocess.run(
+        [*command, "run.storage=s3://itpn/runs"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "access refused; check the credentials" in done.stderr
+
+
+def test_down_stops_what_it_started_and_only_that(stack):
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]) as bystander:
+        record = stack.folder / "running" / "ray.json"
+        kept = record.read_text()
+        # A record whose process number was given to somebody else in the meantime.
+        record.write_text(f'{{"pid": {bystander.pid}, "birth": "1", "command": []}}')
+        assert "ray: was not running" in stack.script("down").stderr
+        assert bystander.poll() is None
+        bystander.kill()
+    record.write_text(kept)
+    assert "ray: stopped" in stack.script("down").stderr
+    for port in stack.ports.values():
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is still served"
+    for name in SERVICES:
+        assert (stack.folder / "logs" / f"{name}.log").stat().st_size > 0
