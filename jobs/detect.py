@@ -1,7 +1,8 @@
 """Trains and evaluates a detector (Mask R-CNN, Faster R-CNN) on the pre-trained pyramid, on COCO-format data.
 
-    python jobs/detect.py backbone.checkpoint=RUN_FOLDER data.train_images=... data.train_annotations=... \
-        data.val_images=... data.val_annotations=...
+    python jobs/detect.py backbone.checkpoint=RUN_FOLDER data.train_images=FOLDER ...
+
+Needed: data.train_images, data.train_annotations, data.val_images, data.val_annotations.
 
 Exit code: 0, or 2 for settings or data that cannot be used.
 """

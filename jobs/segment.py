@@ -1,7 +1,8 @@
 """Trains and evaluates a segmenter (UPerNet or FPN head) on the pre-trained pyramid, on images and PNG masks.
 
-    python jobs/segment.py backbone.checkpoint=RUN_FOLDER data.train_images=... data.train_masks=... \
-        data.val_images=... data.val_masks=... 'data.classes=[background,thing]'
+    python jobs/segment.py backbone.checkpoint=RUN_FOLDER data.train_images=FOLDER ...
+
+Needed: data.train_images, data.val_images, data.classes; data.train_masks and data.val_masks where masks lie apart.
 
 Exit code: 0, or 2 for settings or data that cannot be used.
 """

@@ -181,8 +181,7 @@ def _from_run(folder: Folder, place: str) -> Source:
         "objective": str(objective.get("kind", "")),
         "data manifest": str(settings.get("data", {}).get("manifest", ""))[:12],
     }
-    mean = tuple(objective.get("mean") or IMAGENET_DEFAULT_MEAN)
-    std = tuple(objective.get("std") or IMAGENET_DEFAULT_STD)
+    mean, std = _normalisation(settings)
     store = CheckpointStore(folder, keep=1)
     try:
         snapshot = store.load_newest()
@@ -199,6 +198,13 @@ def _from_run(folder: Folder, place: str) -> Source:
         path = Path(scratch, finals[0])
         _fetch(folder, f"final/{finals[0]}", path, place)
         return Source(f"{place} (final weights)", config, read_weights(path), mean, std, _filled(facts))
+
+
+def _normalisation(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the run's images: of its objective, or of whatever section trained it; else ImageNet's."""
+    sections = [settings.get("objective"), *settings.values()]
+    found = next((s for s in sections if isinstance(s, dict) and s.get("mean") and s.get("std")), {})
+    return tuple(found.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(found.get("std", IMAGENET_DEFAULT_STD))
 
 
 def _filled(facts: dict[str, str]) -> dict[str, str]:

@@ -50,6 +50,8 @@ def open_backbone(config: BackboneConfig, model: ModelConfig, store: StoreConfig
     else:
         backbone = Backbone(model, pyramid_dim=config.pyramid_dim, final_norm="tokens")
         opened = Opened(backbone, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "no checkpoint: all weights are new")
-    backbone.set_token_reduction(config.migration, config.gathering)
+    migration = config.migration if config.migration.layers else backbone.migration
+    gathering = config.gathering if config.gathering.window else backbone.gathering
+    backbone.set_token_reduction(*(() if config.plain else (migration, gathering)))
     backbone.set_grad_checkpointing(config.grad_checkpointing)
     return opened

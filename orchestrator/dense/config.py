@@ -41,11 +41,22 @@ class BackboneConfig:
     )
     gathering: TokenGathering = field(
         default_factory=TokenGathering,
-        metadata={"help": "window or gathered attention in stage 3 (worth it from about 1024 pixels)"},
+        metadata={
+            "help": "window or gathered attention in stage 3 (pays from 1024 pixels); window 0 = the model's"
+        },
     )
     migration: TokenMigration = field(
-        default_factory=TokenMigration, metadata={"help": "tokens dropped in stage 3 and replenished for the pyramid"}
+        default_factory=TokenMigration,
+        metadata={"help": "tokens dropped in stage 3 and replenished for the pyramid; no layers = the model's own"},
     )
+    plain: bool = field(
+        default=False, metadata={"help": "no token reduction, although the checkpoint was trained with it"}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses two answers to one question."""
+        if self.plain and (self.migration.active or self.gathering.active):
+            raise ConfigError("backbone.plain", True, "must be false when migration or gathering settings are given")
 
 
 @dataclass(frozen=True)

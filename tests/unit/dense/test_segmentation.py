@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from itpn_core.errors import ConfigError
+from itpn_core.models import ModelConfig
+from itpn_core.reduction.config import TokenGathering, TokenMigration
 from orchestrator.config.load import load
 from orchestrator.dense.config import IGNORED, BackboneConfig, DenseTrainConfig, SegmentConfig
 from orchestrator.dense.masks import read_masks
@@ -153,6 +155,20 @@ def test_a_checkpoint_brings_its_pyramid_unless_a_new_one_is_asked_for(tmp_path)
         kept = torch.equal(opened.model.align_dim_16tofpn.weight, student.align_dim_16tofpn.weight + 1)
         assert kept == (pyramid == "auto")
         assert ("the checkpoint's" in opened.story) == kept
+
+
+def test_token_reduction_is_the_models_own_unless_another_or_none_is_asked_for():
+    model = ModelConfig(
+        embed_dim=32, num_heads=2, depths=(1, 1, 2), img_size=64, migration=TokenMigration(layers=(1,), keep=(0.5,))
+    )
+    own = open_backbone(BackboneConfig(pyramid_dim=16), model).model
+    assert own.migration == model.migration
+    windows = TokenGathering(window=2, tokens=1)
+    both = open_backbone(BackboneConfig(pyramid_dim=16, gathering=windows), model).model
+    assert (both.migration, both.gathering) == (model.migration, windows)
+    assert not open_backbone(BackboneConfig(pyramid_dim=16, plain=True), model).model.is_reduced
+    with pytest.raises(ConfigError, match="plain"):
+        BackboneConfig(plain=True, gathering=windows)
 
 
 def test_a_gradient_that_is_not_finite_stops_with_advice(masks, tmp_path):
