@@ -41,9 +41,7 @@ class BackboneConfig:
     )
     gathering: TokenGathering = field(
         default_factory=TokenGathering,
-        metadata={
-            "help": "window or gathered attention in stage 3 (pays from 1024 pixels); window 0 = the model's"
-        },
+        metadata={"help": "window attention in stage 3 (pays from 1024 pixels); window 0 = the model's"},
     )
     migration: TokenMigration = field(
         default_factory=TokenMigration,
