@@ -17,11 +17,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tarfile
 import time
 from pathlib import Path
 
 import torch
+
+# Run by path; the engine and the tests' surroundings are imported from the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from itpn_core.benchmark.timing import machine
 from orchestrator.config.load import load
