@@ -8,7 +8,7 @@ export ITPN_HOME ?= $(HOME)/itpn
 SAMPLE := $(ITPN_HOME)/data/fashion-mnist
 PORT ?= 5000
 
-.PHONY: help setup data pretrain finetune ui test test-long test-cluster lint clean
+.PHONY: help setup data pretrain finetune sweep ui test test-long test-cluster lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ pretrain: data  ## pretrain a small Fast-iTPN on two CPU workers and evaluate it
 finetune: pretrain  ## make a classifier of the backbone that `make pretrain` left
 	@made=$$(ls -t $(ITPN_HOME)/runs/first_run-*/final/backbone.safetensors | head -1) && \
 	$(BIN)/python jobs/finetune.py --init "$${made%/final/*}"
+
+sweep: data  ## search token-reduction settings for the first run's checkpoint (after make pretrain)
+	@$(BIN)/python jobs/sweep.py --recipe jobs/recipes/sweep_token_reduction.yaml
 
 ui: $(STAMP)  ## serve the results at http://127.0.0.1:5000 (PORT=... for another port)
 	@case "$$MLFLOW_TRACKING_URI" in http*) echo "your MLflow server is at $$MLFLOW_TRACKING_URI"; exit 0;; esac; \

@@ -27,6 +27,11 @@ from itpn_core.task import Examples, Task
 PIXEL_MASK_RATIO = 0.75
 
 
+def mask_ratio(config: ObjectiveConfig) -> float:
+    """Share of masked patches of an objective: its own, else the published one."""
+    return config.mask_ratio or (PIXEL_MASK_RATIO if config.kind == "pixel" else PUBLISHED_RATIO)
+
+
 class PretrainTask(Task):
     """What all objectives share: the student, the mask, image normalisation, frozen features, state.
 
@@ -65,7 +70,7 @@ class PretrainTask(Task):
     # --- mask ---
 
     def _mask_ratio(self) -> float:
-        return self.config.mask_ratio or (PIXEL_MASK_RATIO if self.config.kind == "pixel" else PUBLISHED_RATIO)
+        return mask_ratio(self.config)
 
     def mask(self, keys_B: Tensor) -> Tensor:
         """Masks of a batch: bool [B, N], the same count of True in every row."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.config.errors import SettingError, nearest_key
-from orchestrator.config.schema import Leaf, flatten, leaves
+from orchestrator.config.schema import Leaf, flat_values, flatten, leaves, mappings
 
 T = TypeVar("T")
 
@@ -35,13 +35,13 @@ def load(
     Raises:
         SettingError: an unreadable recipe, an unknown key or a value of the wrong type.
     """
-    known = {leaf.key: leaf for leaf in leaves(schema)}
+    known, whole = {leaf.key: leaf for leaf in leaves(schema)}, mappings(schema)
     values: dict[str, tuple[Any, str]] = {key: (value, "checkpoint") for key, value in (base or {}).items()}
     if recipe is not None:
-        values |= {key: (value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe)).items()}
+        values |= {key: (value, f"recipe {recipe}") for key, value in flatten(read_recipe(recipe), whole=whole).items()}
     for word in overrides:
         key, value = _parse_override(word)
-        values |= {k: (v, "command line") for k, v in flatten({key: value}).items()}
+        values |= {k: (v, "command line") for k, v in flatten({key: value}, whole=whole).items()}
     return _build(schema, known, values)
 
 
@@ -92,6 +92,9 @@ def _build(schema: type[T], known: dict[str, Leaf], values: dict[str, tuple[Any,
     node = OmegaConf.structured(schema)
     OmegaConf.set_struct(node, True)
     OmegaConf.set_readonly(node, False)
+    for key in mappings(schema):
+        # Their keys are the user's own.
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
     for key, (raw, source) in values.items():
         leaf = known.get(key)
         if leaf is None:
@@ -155,3 +158,21 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML that `load` reads back to an equal object."""
     return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def to_recipe(config: Any, keep: Collection[str] = ()) -> str:
+    """A short recipe: what differs from the defaults, as YAML that `load` reads back to an equal object.
+
+    Args:
+        config: a configuration.
+        keep: settings that are written although they are defaults.
+    """
+    defaults, tree = flat_values(type(config)()), cast("dict[str, Any]", {})
+    for key, value in flat_values(config).items():
+        if value != defaults[key] or key in keep:
+            node = tree
+            *sections, leaf = key.split(".")
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[leaf] = list(value) if isinstance(value, tuple) else value
+    return str(OmegaConf.to_yaml(OmegaConf.create(tree)))

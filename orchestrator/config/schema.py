@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,20 +57,32 @@ def _type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries to dotted keys; lists and scalars are leaves."""
+def flatten(tree: dict[str, Any], prefix: str = "", whole: Collection[str] = ()) -> dict[str, Any]:
+    """Nested dictionaries to dotted keys; lists and scalars are leaves.
+
+    Args:
+        tree: what to flatten.
+        prefix: dotted path of `tree` itself.
+        whole: keys whose value is a mapping that stays one.
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in whole:
+            flat |= flatten(value, f"{key}.", whole)
         else:
-            flat[f"{prefix}{name}"] = value
+            flat[key] = value
     return flat
+
+
+def mappings(schema: type[Any]) -> frozenset[str]:
+    """Settings whose value is a mapping of the user's own keys."""
+    return frozenset(leaf.key for leaf in leaves(schema) if leaf.type_name.startswith("dict"))
 
 
 def flat_values(config: Any) -> dict[str, Any]:
     """The values of a configuration object by dotted key."""
-    return flatten(dataclasses.asdict(config))
+    return flatten(dataclasses.asdict(config), whole=mappings(type(config)))
 
 
 def help_text(schema: type[Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from itpn_core.finetuning.config import FinetuneTaskConfig
 from itpn_core.models.config import ModelConfig
@@ -11,6 +11,7 @@ from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.data.config import DataConfig
 from orchestrator.evaluate.config import ClassifyEvalConfig, EvalConfig, MeasureConfig
 from orchestrator.launch.config import ClusterConfig, RunConfig
+from orchestrator.sweep.config import SweepConfig
 from orchestrator.track.config import TrackConfig
 from orchestrator.train.config import InitConfig, TrainConfig
 from orchestrator.train.profile import ProfileConfig
@@ -82,3 +83,15 @@ class EvaluateConfig(PretrainConfig):
     evaluate: MeasureConfig = field(
         default_factory=MeasureConfig, metadata={"help": "what is measured", "affects_result": False}
     )
+
+
+@dataclass(frozen=True)
+class SweepJobConfig(EvaluateConfig):
+    """Everything `jobs/sweep.py` can be told: how a setting is measured, and what is searched."""
+
+    sweep: SweepConfig = field(default_factory=SweepConfig, metadata={"help": "what is searched, for what, how long"})
+
+
+def pretrain_part(config: PretrainConfig) -> PretrainConfig:
+    """The pre-training run that a larger configuration contains."""
+    return PretrainConfig(**{item.name: getattr(config, item.name) for item in fields(PretrainConfig)})

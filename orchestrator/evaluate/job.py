@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from orchestrator.data.views import EvalView
 from orchestrator.evaluate.features import collect
 from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare
 from orchestrator.evaluate.report import Report, Row
-from orchestrator.evaluate.source import Source, check_shape, open_source
+from orchestrator.evaluate.source import Source, check_shape, newest_run, open_source
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Setting, Subject
 from orchestrator.launch.cli import EXIT_OK
 from orchestrator.launch.place import local_directory
@@ -34,13 +35,27 @@ from orchestrator.train.precision import autocast_dtype
 
 GIVEN = "given"
 _CLOSE_S = 30.0
+C = TypeVar("C", bound=EvaluateConfig)
 
 
 def checkpoint_settings(config: EvaluateConfig) -> dict[str, Any]:
     """What the named checkpoint says about itself: settings by dotted key, over which recipe and command line go."""
     known = {leaf.key for leaf in leaves(EvaluateConfig)}
-    found = open_source(config.evaluate.checkpoint, config.data.store).settings()
+    found = open_source(find_checkpoint(config).evaluate.checkpoint, config.data.store).settings()
     return {key: value for key, value in found.items() if key in known}  # a classifier's run has settings of its own
+
+
+def find_checkpoint(config: C) -> C:
+    """The same configuration with a checkpoint that is a place: a plain word means the newest finished run so named.
+
+    Raises:
+        SettingError: there is no such run.
+    """
+    word = config.evaluate.checkpoint
+    if not word or "/" in word or "." in word or Path(word).exists():
+        return config
+    place = newest_run(config.run.storage, word, config.data.store)
+    return replace(config, evaluate=replace(config.evaluate, checkpoint=place))
 
 
 def evaluate(config: EvaluateConfig, recipe: str) -> int:
@@ -50,10 +65,11 @@ def evaluate(config: EvaluateConfig, recipe: str) -> int:
         UserError: the checkpoint, the data or a setting is wrong.
     """
     del recipe
+    config = find_checkpoint(config)
     source = open_source(config.evaluate.checkpoint, config.data.store)
     check_shape(config.model, source)
     manifest = open_dataset(config.data)
-    _check_counts(config, manifest)
+    check_counts(config, manifest)
     subject = open_subject(config, source)
     settings = _settings(config, subject)
     report = Report(
@@ -85,7 +101,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check_counts(config: EvaluateConfig, manifest: Manifest) -> None:
+def check_counts(config: EvaluateConfig, manifest: Manifest) -> None:
+    """Refuses more images than there are, and banks too small to vote or to train a probe.
+
+    Raises:
+        SettingError: which setting, and what is possible.
+    """
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
     for key, asked, split in (("eval.bank", config.eval.bank, train), ("eval.queries", config.eval.queries, val)):
         if asked > split.samples:

@@ -117,6 +117,22 @@ def open_source(place: str, store: StoreConfig) -> Source:
     return _from_folder(Folder(place, store))
 
 
+def newest_run(storage: str, name: str, store: StoreConfig) -> str:
+    """Place of the newest finished run of a name, or of a recipe (whose runs are called `<recipe>-<8 hex>`).
+
+    Raises:
+        SettingError: there is none.
+    """
+    folder = Folder(storage, store)
+    named = [run for run in folder.names() if run == name or run.startswith(f"{name}-")]
+    finished = [run for run in named if folder.exists(f"{run}/{EXPORTS[0]}")]
+    if not finished:
+        hint = "run `make pretrain` first, or name a checkpoint" if name == "first_run" else "name a checkpoint"
+        raise SettingError(f"no finished run {name!r} in {storage}: {hint}, for example --checkpoint PATH")
+    newest = max(finished, key=lambda run: folder.modified(f"{run}/{EXPORTS[0]}"))
+    return f"{storage}/{newest}"
+
+
 def _from_remote_file(uri: str, store: StoreConfig) -> Source:
     parent, _, name = uri.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="weights-") as scratch:

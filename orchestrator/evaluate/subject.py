@@ -12,7 +12,7 @@ from torch import Tensor
 from itpn_core.benchmark.timing import Spread, interleaved_seconds, peak_bytes, ratios
 from itpn_core.errors import ConfigError
 from itpn_core.evaluation import count_flops
-from itpn_core.models import Backbone
+from itpn_core.models import Backbone, ModelConfig
 from itpn_core.pretraining.teachers import ImageNorm
 from itpn_core.reduction import TokenGathering, TokenMigration
 
@@ -133,13 +133,17 @@ class Subject:
         }
 
     def flops(self, setting: Setting) -> int:
-        """Floating point operations of one image under a setting, counted on the meta device."""
-        shape = (self.size, self.size)
-        model = Backbone(self.model.config, img_size=shape, device="meta").eval()
-        model.set_token_reduction(*setting)
-        return count_flops(model, torch.empty((1, self.model.config.in_chans, *shape), device="meta"))
+        """Floating point operations of one image under a setting."""
+        return flops_of(self.model.config, self.size, setting)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+
+def flops_of(config: ModelConfig, size: int, setting: Setting) -> int:
+    """Floating point operations of one image under a setting, counted on the meta device."""
+    model = Backbone(config, img_size=(size, size), device="meta").eval()
+    model.set_token_reduction(*setting)
+    return count_flops(model, torch.empty((1, config.in_chans, size, size), device="meta"))

@@ -36,9 +36,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         UserError: the cluster cannot be reached.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    # The controller looks at its workers this often; at Ray's 2 s a short run spends its time waiting for reports.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
+    ready_for_train(config)
     try:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
@@ -59,6 +57,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def ready_for_train(config: ClusterConfig) -> None:
+    """Sets, in the process that starts Ray Train, what its controller reads from the environment only."""
+    # The controller looks at its workers this often; at Ray's 2 s a short run spends its time waiting for reports.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
 
 
 def request(config: ClusterConfig) -> Resources:

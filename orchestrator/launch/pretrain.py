@@ -7,12 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import Any
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -68,8 +68,36 @@ def _fit(
     config: JobConfig, resources: Resources, folder: Folder, record: RunRecord, facts: dict[str, str]
 ) -> tuple[dict[str, Any] | None, TrainingFailedError | None]:
     board = open_board()
+    trainer = make_trainer(config, resources, folder, record, facts, board)
+    with _shown(board), _stop_signals(board):
+        try:
+            return _beside(lambda: trainer.fit().return_value), None
+        except TrainingFailedError as error:
+            return None, error
+
+
+def make_trainer(
+    config: JobConfig,
+    resources: Resources,
+    folder: Folder,
+    record: RunRecord,
+    facts: dict[str, str],
+    board: Any,
+    callbacks: Sequence[UserCallback] = (),
+) -> TorchTrainer:
+    """The Ray Train run of one attempt.
+
+    Args:
+        config: resolved configuration.
+        resources: of each worker.
+        folder: the run's.
+        record: of the run, with this attempt counted.
+        facts: what only the driver knows, for the run's tags.
+        board: the noticeboard between driver and rank 0.
+        callbacks: told of every report, in Ray Train's controller.
+    """
     assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
@@ -82,13 +110,9 @@ def _fit(
             name=f"ray-{record.attempts:04d}",
             storage_path=str(local_directory(folder, record.run_uid) / "ray"),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            callbacks=list(callbacks),
         ),
     )
-    with _shown(board), _stop_signals(board):
-        try:
-            return _beside(lambda: trainer.fit().return_value), None
-        except TrainingFailedError as error:
-            return None, error
 
 
 def _beside(call: Callable[[], Any]) -> Any:

@@ -89,6 +89,7 @@ class Recorder:
         role: who writes ("rank0", "driver", "node1").
         creates: False for processes that may not create the MLflow run (system metrics of other nodes).
         run_id: an MLflow run that exists already and is not found by `run_uid`.
+        parent_uid: `run_uid` of the run under which this one is shown (a trial of a sweep).
         secrets: values that may appear nowhere (see `redact.secret_values`).
         follow: False to write the journal only.
     """
@@ -104,6 +105,7 @@ class Recorder:
         role: str = "rank0",
         creates: bool = True,
         run_id: str = "",
+        parent_uid: str = "",
         secrets: Sequence[str] = (),
         follow: bool = True,
     ) -> None:
@@ -111,12 +113,12 @@ class Recorder:
         self._config = config
         self._redactor = Redactor(secrets)
         self._journal = Journal(self.directory, attempt, role, int(config.segment_mb * (1 << 20)))
-        begun_ms = self._write_identity(run_uid, name)
+        begun_ms = self._write_identity(run_uid, name, parent_uid)
         self._known_names: set[str] = set()
         self._last_step = -1
         self._lag_step = -1
         self._server = Server(
-            config, RunIdentity(run_uid, name, begun_ms, creates, run_id), self.directory, self._redactor
+            config, RunIdentity(run_uid, name, begun_ms, creates, run_id, parent_uid), self.directory, self._redactor
         )
         self._shipper = Shipper(self.directory, self._server, config, own=self._journal.stream)
         self._follower: Follower | None = None
@@ -124,13 +126,15 @@ class Recorder:
             self._follower = Follower(self._shipper, config, self._record_lag)
             self._follower.start()
 
-    def _write_identity(self, run_uid: str, name: str) -> int:
+    def _write_identity(self, run_uid: str, name: str, parent_uid: str) -> int:
         """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us; returns when the run began."""
         path = self.directory / IDENTITY
         with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged: written anew
             return int(json.loads(path.read_text())["begun_ms"])
         begun_ms = time.time_ns() // 1_000_000
         body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment, "begun_ms": begun_ms}
+        if parent_uid:
+            body["parent_uid"] = parent_uid
         path.write_text(json.dumps(body) + "\n")
         return begun_ms
 

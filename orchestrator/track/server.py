@@ -26,6 +26,7 @@ from orchestrator.track.redact import Redactor
 from orchestrator.track.steps import StepSet
 
 RUN_UID: Final = "run_uid"
+PARENT: Final = "mlflow.parentRunId"
 _METRICS, _PARAMS, _TAGS = 1000, 100, 50  # the server's limits per request (tags fewer: they may be 8 kB each)
 _PARAM_LENGTH, _TAG_LENGTH = 6000, 8000
 _BAD_NAME = re.compile(r"[^/\w.\- :]")
@@ -54,6 +55,7 @@ class RunIdentity:
         begun_ms: when the run began (ms since the epoch), which may be long before the server first answers.
         creates: whether this process may create the MLflow run. One process of a run may; the others wait for it.
         run_id: id of an MLflow run that a person named; "" finds the run by `run_uid`.
+        parent_uid: `run_uid` of the run under which this one is shown; "" for none.
     """
 
     run_uid: str
@@ -61,6 +63,7 @@ class RunIdentity:
     begun_ms: int | None = None
     creates: bool = True
     run_id: str = ""
+    parent_uid: str = ""
 
 
 @contextmanager
@@ -225,6 +228,10 @@ class Server:
                 raise UnreachableError("the run is not on the server yet, and this process does not create it")
             run_id = str(found[0].info.run_id) if found else self._create()
             self._params = dict(found[0].data.params) if found else {}
+            if found and PARENT not in found[0].data.tags:
+                # A trial's own workers may have made its run, not knowing of the sweep's.
+                for name, value in self._parent_tag().items():
+                    self._client.set_tag(run_id, name, value)
         self._seen.clear()
         self.run_id = run_id
         return run_id
@@ -241,22 +248,33 @@ class Server:
         """
         if self.identity.run_id:
             return [self._client.get_run(self.identity.run_id)]
+        return self._tagged(self.identity.run_uid)
+
+    def _tagged(self, run_uid: str) -> list[Any]:
         experiments = [found.experiment_id for found in self._client.search_experiments(max_results=1000)]
-        runs = self._client.search_runs(
-            experiments, filter_string=f"tags.{RUN_UID} = '{self.identity.run_uid}'", max_results=10
-        )
+        runs = self._client.search_runs(experiments, filter_string=f"tags.{RUN_UID} = '{run_uid}'", max_results=10)
         return sorted(runs, key=lambda run: (_is_empty(run), run.info.start_time, run.info.run_id))
 
     def _create(self) -> str:
+        tags = {RUN_UID: self.identity.run_uid, **self._parent_tag()}
         experiment = self._client.get_experiment_by_name(self._config.experiment)
         experiment_id = experiment.experiment_id if experiment else self._create_experiment()
         run = self._client.create_run(
             experiment_id,
             start_time=self.identity.begun_ms,
             run_name=self.identity.name or self.identity.run_uid,
-            tags={RUN_UID: self.identity.run_uid},
+            tags=tags,
         )
         return str(run.info.run_id)
+
+    def _parent_tag(self) -> dict[str, str]:
+        """The tag by which MLflow shows a run below another; empty for a run without a parent."""
+        if not self.identity.parent_uid:
+            return {}
+        parents = self._tagged(self.identity.parent_uid)
+        if not parents:
+            raise UnreachableError("the parent run is not on the server yet")
+        return {PARENT: str(parents[0].info.run_id)}
 
     def _create_experiment(self) -> str:
         """A relative default artifact location would land in whatever directory this process runs in."""

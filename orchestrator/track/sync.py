@@ -49,6 +49,7 @@ class Identity:
     name: str
     experiment: str
     begun_ms: int
+    parent_uid: str = ""
 
 
 def read_identity(directory: Path) -> Identity:
@@ -60,7 +61,8 @@ def read_identity(directory: Path) -> Identity:
     path = directory / IDENTITY
     try:
         found = json.loads(path.read_text())
-        return Identity(str(found["run_uid"]), str(found["name"]), str(found["experiment"]), int(found["begun_ms"]))
+        run_uid, name, experiment = (str(found[key]) for key in ("run_uid", "name", "experiment"))
+        return Identity(run_uid, name, experiment, int(found["begun_ms"]), str(found.get("parent_uid", "")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{directory} is not a run directory: {path} is missing or damaged ({error}). Give the directory that has "
@@ -75,7 +77,8 @@ def sync(directory: Path, config: TrackConfig, patience_s: float = 60.0) -> Sync
         ValueError: the directory holds no recorded run.
     """
     identity = read_identity(directory)
-    server = Server(config, RunIdentity(identity.run_uid, identity.name, identity.begun_ms), directory, Redactor())
+    known = RunIdentity(identity.run_uid, identity.name, identity.begun_ms, parent_uid=identity.parent_uid)
+    server = Server(config, known, directory, Redactor())
     shipper = Shipper(directory, server, config)
     error, until = "", time.monotonic() + patience_s
     while True:

@@ -12,7 +12,7 @@ import torch
 from itpn_core.models import build_backbone
 from itpn_core.pretraining.tasks import FAMILY_OF
 from orchestrator.config.load import load
-from orchestrator.config.tree import FinetuneConfig, PretrainConfig
+from orchestrator.config.tree import FinetuneConfig, PretrainConfig, SweepJobConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.pretrain import pretrain
@@ -63,7 +63,8 @@ def test_command_exists(page, command):
 
 def schema_of(recipe):
     """What a recipe configures, by its name."""
-    return FinetuneConfig if recipe.name.startswith("finetune") else PretrainConfig
+    kinds = {"finetune": FinetuneConfig, "sweep": SweepJobConfig}
+    return kinds.get(recipe.name.split("_")[0], PretrainConfig)
 
 
 def check_job(page, words):

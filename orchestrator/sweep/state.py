@@ -1,0 +1,125 @@
+"""Which trial runs next, what becomes of one that failed, and when a sweep is over: decisions without Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from itpn_core.errors import UserError
+from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.sampler import FAILED, INFEASIBLE, RUNNING, Sampler, Trial
+from orchestrator.sweep.space import Space
+
+Measure = Callable[[Trial], End]
+"""Runs one trial to its end; raises when it cannot."""
+
+
+class OutOfMemory(Exception):  # noqa: N818 -- an outcome of a trial, not a mistake
+    """A trial needs more memory than its device or host has."""
+
+
+class TimedOut(Exception):  # noqa: N818 -- as above
+    """A trial took longer than it may."""
+
+
+class SweepState:
+    """One driver's view of a sweep, rebuilt from its journal.
+
+    Args:
+        journal: the sweep's trials.
+        space: what may be tried.
+        make_sampler: builds the sampler from the journal's trials.
+        trials: how many trials the sweep shall have in all.
+        retries: further attempts of a trial that failed.
+    """
+
+    def __init__(
+        self,
+        journal: TrialJournal,
+        space: Space,
+        make_sampler: Callable[[Iterable[Trial]], Sampler],
+        trials: int,
+        retries: int,
+    ) -> None:
+        self.journal = journal
+        self.budget = trials
+        self.retries = retries
+        known, self.ends = journal.load(space)
+        self.trials = {trial.number: trial for trial in known}
+        self.resumed = len(self.ends)
+        self._sampler = make_sampler(known)
+        self._waiting = [trial for trial in known if trial.state == RUNNING]
+        self._exhausted = False
+
+    def next(self) -> Trial | None:
+        """A trial to run now: first those that an earlier process left unfinished, then a new one.
+
+        None when the budget is spent or the space is exhausted.
+        """
+        if self._waiting:
+            return self._waiting.pop(0)
+        if len(self.trials) >= self.budget or self._exhausted:
+            return None
+        trial = self._sampler.ask()
+        if trial is None:
+            self._exhausted = True
+            return None
+        # Written before it runs: a number and a setting are never given out twice, whenever the driver dies.
+        self.journal.asked(trial)
+        self.trials[trial.number] = trial
+        return trial
+
+    def close(self, number: int) -> End:
+        """Takes up a trial's end from the journal and tells the sampler."""
+        end = self.journal.end(number)
+        if end is None:
+            end = self.journal.ended(number, End(FAILED, error="the trial left no result", ended=time.time()))
+        self.ends[number] = end
+        self._sampler.tell(number, end.state, end.values or None)
+        return end
+
+    @property
+    def left(self) -> int:
+        """Trials that are still to be run."""
+        return 0 if self._exhausted else max(0, self.budget - len(self.ends))
+
+
+def run_trial(journal: TrialJournal, trial: Trial, measure: Measure, retries: int) -> End:
+    """Runs a trial until it has an end in the journal: measured, infeasible, or failed too often.
+
+    Args:
+        journal: where the end is written, by whoever runs the trial: a dead driver loses nothing.
+        trial: what to run.
+        measure: the work; may raise anything.
+        retries: further attempts after a failed one. Failed attempts of earlier processes count.
+    """
+    known = journal.end(trial.number)
+    if known is not None:
+        return known
+    while True:
+        begun = time.time()
+        try:
+            end = measure(trial)
+        except OutOfMemory as error:
+            end = _no_result(INFEASIBLE, f"out of memory: {error}", begun)
+        except UserError as error:
+            # The same mistake would be found again.
+            end = _no_result(FAILED, str(error), begun)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            if journal.failed(trial.number, text) <= retries:
+                continue
+            end = _no_result(FAILED, text, begun)
+        return journal.ended(trial.number, end)
+
+
+def _no_result(state: str, error: str, begun: float) -> End:
+    now = time.time()
+    return End(state, error=error[:2000], seconds=now - begun, ended=now)
+
+
+def measured(state: str, values: dict[str, float], details: dict[str, Any], begun: float) -> End:
+    """The end of a trial that was measured, `begun` seconds after the epoch."""
+    now = time.time()
+    return End(state, values, details, seconds=now - begun, ended=now)
