@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.schema import leaves
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
 from orchestrator.data.folder import Folder
@@ -18,7 +19,7 @@ from orchestrator.evaluate.source import Source, check_shape, open_source
 from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_OK
 from orchestrator.launch.cluster import connected
-from orchestrator.launch.record import RunRecord, fingerprint, open_record, result_fields
+from orchestrator.launch.record import RunRecord, open_record
 from orchestrator.sweep.config import BOTH, MEASURE, MEASURED, TRAIN
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.front import gains

@@ -19,6 +19,7 @@ from ray.train import UserCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from itpn_core.errors import ConfigError, UserError
+from orchestrator.config.identity import result_fields
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
@@ -27,7 +28,7 @@ from orchestrator.launch.board import open_board
 from orchestrator.launch.check import check
 from orchestrator.launch.cluster import Resources, ready_for_train
 from orchestrator.launch.pretrain import make_trainer, root_cause
-from orchestrator.launch.record import KEY, RunRecord, open_record, result_fields
+from orchestrator.launch.record import KEY, RunRecord, open_record
 from orchestrator.sweep.config import SweepConfig
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import End, TrialJournal, trial_uid

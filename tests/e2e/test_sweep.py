@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.config.identity import result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import EvaluateConfig, PretrainConfig
-from orchestrator.launch.record import open_record, result_fields
+from orchestrator.launch.record import open_record
 from orchestrator.train.loop import train
 from tests.support import TINY, LocalRun, tiny_config, write_shards
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from itpn_core.evaluation import over_seeds, paired_difference
 from itpn_core.models import Backbone, ModelConfig, export_checkpoint
 from itpn_core.reduction import TokenMigration
+from orchestrator.config.identity import result_fields
 from orchestrator.config.tree import EvaluateConfig
 from orchestrator.data.store import StoreConfig
 from orchestrator.evaluate.job import checkpoint_settings, evaluate
@@ -18,7 +19,7 @@ from orchestrator.evaluate.source import open_source
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Subject
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
-from orchestrator.launch.record import open_record, result_fields
+from orchestrator.launch.record import open_record
 from orchestrator.train.loop import train
 from tests.support import LocalRun, tiny_config, write_shards
 

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 from itpn_core.errors import ConfigError, UserError
 from itpn_core.reduction import TokenGathering, TokenMigration
+from orchestrator.config.identity import result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.evaluate.job import checkpoint_settings, find_checkpoint
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.home import resolve
-from orchestrator.launch.record import open_record, result_fields
+from orchestrator.launch.record import open_record
 from orchestrator.sweep.config import MEASURED
 from orchestrator.sweep.job import open_space
 from orchestrator.sweep.measure import (
