@@ -14,30 +14,28 @@ from typing import Any
 import boto3
 from botocore.config import Config
 
-from tests.cluster.hosts import Host, Wire, until
+from tests.cluster.hosts import ROOT, Host, Wire, until
 from tests.support import TINY, write_images
 
 BIN = Path(sys.executable).parent
 TOKEN = "0123456789abcdef0123456789abcdef"
 KEYS = {"AWS_ACCESS_KEY_ID": "cluster", "AWS_SECRET_ACCESS_KEY": "cluster-secret", "AWS_REGION": "us-east-1"}
-# Ray's side of the `test` profile of docs/operations.md: a lost host is found out within seconds.
-PROFILE = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_initial_delay_ms": "3000",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "25",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-}
 SHARDS, RUNS = "s3://itpn/shards/tiny", "s3://itpn/runs"
 STORE = 80 * 1024 * 1024
+
+
+def profile(name: str) -> dict[str, str]:
+    """The recovery settings of `infra/recovery/NAME.env`, as a node would be given them."""
+    lines = (ROOT / "infra" / "recovery" / f"{name}.env").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
 class Cluster:
     """Hosts, storage and Ray; the test itself stands outside and looks in."""
 
-    def __init__(self, wire: Wire, workers: int = 3) -> None:
+    def __init__(self, wire: Wire, workers: int = 3, recovery: str = "test") -> None:
         self.wire = wire
+        self.recovery = profile(recovery)
         self.storage = wire.host("storage")
         self.head = wire.host("head")
         self.workers = [wire.host(f"worker{number}") for number in range(1, workers + 1)]
@@ -52,9 +50,9 @@ class Cluster:
         return {
             **kept,
             **KEYS,
-            **PROFILE,
+            **self.recovery,
             "PATH": f"{BIN}:{kept['PATH']}",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "PYTHONPATH": str(ROOT),
             "AWS_ENDPOINT_URL": f"http://{self.storage.address}:8333",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": "/run/ray-token",
@@ -75,7 +73,7 @@ class Cluster:
         for worker in self.workers:
             self.start_ray(worker)
         self._make_shards()
-        until(lambda: len(self.alive()) == 1 + len(self.workers), 120, "all hosts are in the cluster", 1)
+        until(lambda: len(self.nodes()) == 1 + len(self.workers), 120, "all hosts are in the cluster", 1)
 
     @property
     def gcs(self) -> str:
@@ -131,11 +129,37 @@ class Cluster:
         host.boot()
         self.start_ray(host)
 
-    def alive(self) -> list[str]:
-        """Addresses of the hosts that Ray counts as alive, as `ray list nodes` on the head sees them."""
+    def heal(self) -> None:
+        """Switches on what is off, mends what is cut, and waits until every host is in the cluster."""
+        for host in self.workers:
+            if not host.pid:
+                self.restart(host)
+        for host in self.workers:
+            host.mend()
+        here = set(self.nodes())
+        for host in self.workers:
+            if host.address not in here:  # after a long cut Ray's node has given up
+                host.kill()
+                self.restart(host)
+        until(lambda: len(self.nodes()) == 1 + len(self.workers), 120, "all hosts are in the cluster", 1)
+
+    def nodes(self) -> dict[str, str]:
+        """Node ids of the hosts that Ray counts as alive, by address, as `ray list nodes` on the head sees them."""
         words = ["ray", "list", "nodes", "--format=json", "--filter", "state=ALIVE", f"--address={self.dashboard}"]
         done = self.head.run(words, self.environment(self.head))
-        return [node["node_ip"] for node in json.loads(done.stdout)] if done.returncode == 0 else []
+        if done.returncode:
+            return {}
+        return {node["node_ip"]: node["node_id"] for node in json.loads(done.stdout)}
+
+    def drain(self, host: Host, deadline_s: int) -> None:
+        """Tells Ray that the host will be taken away."""
+        words = [
+            "ray", "drain-node", f"--address={self.gcs}", f"--node-id={self.nodes()[host.address]}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted",
+            f"--deadline-remaining-seconds={deadline_s}",
+        ]  # fmt: skip
+        done = self.head.run(words, self.environment(self.head))
+        assert done.returncode == 0, done.stdout + done.stderr
 
     def _make_shards(self) -> None:
         made = write_images(self.wire.logs / "images", per_class=240)
@@ -179,13 +203,18 @@ class Cluster:
         log = f"job-{self.jobs}.log"
         return Job(self, f"job-{self.jobs}", self.wire.logs / log, self.head.start(log, words, environment))
 
-    def pretrain(self, name: str, *settings: str, pace_s: float = 0.0, **variables: str) -> Job:
+    def pretrain(
+        self, name: str, *settings: str, pace_s: float = 0.0, token: str = "", variables: dict[str, str] | None = None
+    ) -> Job:
         """The pre-training job on the tiny data, its samples recorded (`recorded.py`)."""
         common = [word for word in TINY if not word.startswith("train.epochs")]
         places = [f"data.source={SHARDS}", f"run.storage={RUNS}", f"run.name={name}", "train.log_every=1"]
         return self.submit(
             "tests/cluster/recorded.py", *common, *places, *settings,
-            variables={"ITPN_TEST_RECORDS": f"s3://itpn/recorded/{name}", "ITPN_TEST_PACE_S": str(pace_s), **variables},
+            variables={
+                "ITPN_TEST_RECORDS": f"s3://itpn/recorded/{name}", "ITPN_TEST_PACE_S": str(pace_s), **(variables or {}),
+            },
+            token=token,
         )  # fmt: skip
 
     def committed(self, name: str) -> int:
