@@ -1,5 +1,6 @@
 """One documented sequence: S3, PostgreSQL, MLflow with login and Ray, started and stopped by infra/local."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -180,6 +181,14 @@ def test_shards_training_checkpoints_and_records_on_the_stack(stack, tmp_path):
         psycopg2.connect(**where, password="wrong")
 
 
+def files_in(folders):
+    """(place, bytes) of all files; Ray lives and may remove one under our hands."""
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                yield str(path), path.read_bytes()
+
+
 def everything_in(bucket):
     """(place, bytes) of all objects: run folder, checkpoints, journal, artifacts."""
     for page in bucket.get_paginator("list_objects_v2").paginate(Bucket="itpn"):
@@ -229,9 +238,8 @@ def test_no_secret_is_in_anything_that_was_written(stack):
     uid = json.loads(bucket.get_object(Bucket="itpn", Key="runs/job/run.json")["Body"].read())["run_uid"]
     session = Path("/tmp") / f"itpn-ray-{os.getuid()}-{stack.ports['ray']}"
     folders = [session, Path("/tmp") / f"itpn-run-{uid}", stack.folder / "logs", stack.folder / "data" / "mlflow"]
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
     written = {
-        **{str(path): path.read_bytes() for path in files},
+        **dict(files_in(folders)),
         **dict(everything_in(bucket)),
         **dict(rows_of(stack, "mlflow")),
         **dict(rows_of(stack, "mlflow_auth")),
