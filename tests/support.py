@@ -86,6 +86,7 @@ class LocalRun:
         self.facts = {"recipe": "test"}
         self.notes: list[str] = []
         self.reports: list[dict[str, float]] = []
+        self.windows: list[tuple[int, int, dict[str, float]]] = []
         self.stop_after = 0
         """Step at which a stop is requested; 0 = never."""
         self.step = 0
@@ -93,6 +94,10 @@ class LocalRun:
     def progress(self, stage: str, *, step: int = 0, **_: float) -> None:
         """Keeps the step, for `stop_reason`."""
         self.step = step
+
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Keeps the numbers."""
+        self.windows.append((step, steps, values))
 
     def note(self, text: str) -> None:
         """Keeps the line."""

@@ -110,18 +110,41 @@ def wait_for(
 
 
 def stop(stack: Stack, name: str) -> bool:
-    """Ends a service and its children, politely at first; says whether there was one. Never touches others."""
+    """Ends a service and all that it started, politely at first; says whether there was one. Never touches others."""
     pid = running(stack, name)
     if pid:
         # PostgreSQL ends its sessions on SIGINT; SIGTERM would wait for them.
         os.kill(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
-        until = time.monotonic() + 20
-        while running(stack, name) and time.monotonic() < until:
-            time.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # the session was made for it alone
+        within(20, lambda: not running(stack, name))
+        for member in session(pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        # A killed process holds its port until the kernel has taken it down.
+        if not within(20, lambda: not session(pid)):
+            raise StackError(f"{name}: processes {session(pid)} do not end although they were killed; see ps -s {pid}")
     stack.record(name).unlink(missing_ok=True)
     return bool(pid)
+
+
+def session(leader: int) -> list[int]:
+    """Living processes of a session that was made for one service; Ray's own have process groups of their own."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+        except (OSError, IndexError):
+            continue  # it ended while we looked
+        if fields[0] != "Z" and int(fields[3]) == leader:
+            found.append(int(entry.name))
+    return found
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Waits until a condition holds, at most so long; says whether it does."""
+    until = time.monotonic() + seconds
+    while not (holds := condition()) and time.monotonic() < until:
+        time.sleep(0.1)
+    return holds
 
 
 def free(port: int) -> bool:

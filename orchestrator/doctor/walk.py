@@ -48,6 +48,9 @@ class Silent:
     def progress(self, stage: str, **_: Any) -> None:
         """Not shown."""
 
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Not shown."""
+
     def note(self, text: str) -> None:
         """Not shown."""
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from itpn_core.errors import UserError
 from orchestrator.config.load import load, to_yaml
 from orchestrator.config.schema import help_text, leaves
+from orchestrator.track.redact import Redactor, secret_values
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def run_job(
         if base is not None:
             config = resolve(load(schema, recipe, words, base(config)))
         if options.print_config:
-            return _print(to_yaml(config))
+            return _print(Redactor(secret_values(os.environ)).text(to_yaml(config)))
         return action(config, Path(options.recipe).stem)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -12,7 +12,7 @@ from orchestrator.launch.record import RunRecord
 from orchestrator.launch.show import duration, table
 from orchestrator.track.environment import working_diff
 from orchestrator.track.recorder import Recorder
-from orchestrator.track.redact import secret_values
+from orchestrator.track.redact import Redactor, secret_values
 
 # The run states that MLflow knows; "stopped" on request is its KILLED.
 MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
@@ -46,7 +46,7 @@ def end_table(config: JobConfig, folder: Folder, outcome: dict[str, Any]) -> str
     rows = [
         ("run", config.run.name),
         ("files", folder.uri),
-        ("tracking", config.track.uri),
+        ("tracking", Redactor().shapes(config.track.uri)),
         (
             "steps",
             f"{outcome['step']} of {config.train.global_batch} images, {duration(outcome['seconds'])} of training",

@@ -17,6 +17,7 @@ from orchestrator.data.errors import DataError, StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import BoardClient, Progress
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_STORAGE
+from orchestrator.launch.metrics import TrainingMetrics
 from orchestrator.launch.place import local_directory
 from orchestrator.train.loop import train
 
@@ -49,6 +50,7 @@ class RayContext:
         self.attempt = assignment.attempt
         self.facts = {**assignment.facts, "world_size": str(self.world)}
         self._board = BoardClient(assignment.board) if self.rank == 0 else None
+        self._metrics = TrainingMetrics(assignment.config.run.name) if self.rank == 0 else None
 
     def progress(
         self, stage: str, *, step: int = 0, total: int = 0, epoch: int = 0, loss: float = 0.0, speed: float = 0.0,
@@ -57,6 +59,11 @@ class RayContext:
         """As `RunContext.progress`."""
         if self._board:
             self._board.post(Progress(stage, step, total, epoch, loss, speed, seconds_per_step))
+
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """As `RunContext.measured`."""
+        if self._metrics:
+            self._metrics.window(step, steps, values)
 
     def note(self, text: str) -> None:
         """As `RunContext.note`."""

@@ -34,6 +34,9 @@ class Alone:
     def progress(self, stage: str, **_: Any) -> None:
         """Nobody looks."""
 
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Not shown."""
+
     def note(self, text: str) -> None:
         """Nobody reads."""
 

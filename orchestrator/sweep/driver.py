@@ -28,6 +28,7 @@ from orchestrator.sweep.sampler import FINISHED, Trial
 from orchestrator.sweep.state import SweepState
 from orchestrator.sweep.tables import UNITS
 from orchestrator.track.environment import driver_facts
+from orchestrator.track.redact import Redactor
 
 GOAL = 5
 _PICTURE_EVERY = 8
@@ -159,7 +160,7 @@ class Driver:
         rows = [
             ("sweep", self._config.run.name),
             ("files", f"{self._folder.uri}/results (sweep.html, sweep.png, front.md, recommended-*.yaml)"),
-            ("tracking", self._config.track.uri),
+            ("tracking", Redactor().shapes(self._config.track.uri)),
             *self._facts.items(),
             ("trials", f"{tables.trials_line(results)}, {duration(time.monotonic() - self._begun)} now"),
         ]

@@ -31,6 +31,9 @@ class RunContext(Protocol):
     ) -> None:  # fmt: skip
         """Shows a person where the run is; returns at once. Called on rank 0."""
 
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Shows the numbers of the `steps` steps up to `step` to whoever watches; returns at once. Called on rank 0."""
+
     def note(self, text: str) -> None:
         """A line worth keeping in the driver's output. Called on rank 0."""
 

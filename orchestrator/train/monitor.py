@@ -98,11 +98,18 @@ class Monitor:
         wait, self._waited = self._waited / seconds, 0.0
         steps = range(first, state.step)
         lrs = [self._peak_lr * lr_factor(step, self._total, self._config.train.optimizer) for step in steps]
-        measured = {"train/images_per_second": speed, "data/wait_fraction": wait}
+        measured = {
+            "train/images_per_second": speed,
+            "data/wait_fraction": wait,
+            "data/bad_samples": float(len(state.quarantined)),
+            "train/refused_steps": float(len(state.skipped)),
+        }
         if self.mfu(speed):
             measured["train/mfu"] = self.mfu(speed)
         self._records.window(first, rows, lrs, measured | extra)
         if self._run.rank == 0:
+            own = {"train/loss": rows[-1]["loss"], "train/seconds_per_step": seconds / len(rows)}
+            self._run.measured(state.step, len(rows), own | measured | extra)
             self._run.progress(
                 "training", step=state.step, total=self._total, epoch=(state.step - 1) // self._steps_per_epoch,
                 loss=rows[-1]["loss"], speed=speed, seconds_per_step=seconds / len(rows),

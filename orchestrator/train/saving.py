@@ -130,7 +130,8 @@ class Saver:
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the saves so far; empty before the first."""
-        found = {"checkpoint/failed": float(self._store.failures)}
+        failing = self._store.failure is not None
+        found = {"checkpoint/failed": float(self._store.failures), "checkpoint/failing": float(failing)}
         if self.blocked_seconds:
             found["checkpoint/blocked_seconds"] = self.blocked_seconds[-1]
         if self._store.last_save is not None:

@@ -1,0 +1,63 @@
+"""What Prometheus reads off a Ray node while a training shows its numbers."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.launch import metrics
+from tests.contract.test_infra_stack import exported
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+# In a process of its own: Ray leaves threads and warnings behind.
+SCRAPE = """
+import json, socket, sys, time, urllib.error, urllib.request
+import ray
+from orchestrator.launch.metrics import TrainingMetrics
+
+with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
+         _node_ip_address="127.0.0.1")
+shown, steps = TrainingMetrics("a run"), 3
+began = time.perf_counter()
+shown.window(3, steps, json.loads(sys.argv[1]))
+first = time.perf_counter() - began
+began = time.perf_counter()
+for _ in range(1000):
+    shown.window(6, steps, json.loads(sys.argv[1]))
+print(f"first window {1e3 * first:.2f} ms, the others {1e3 * (time.perf_counter() - began):.0f} us", file=sys.stderr)
+text = ""
+until = time.monotonic() + 180
+while "ray_itpn_steps_total" not in text and time.monotonic() < until:
+    time.sleep(1)
+    try:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20).read().decode()
+    except (urllib.error.URLError, TimeoutError):
+        continue
+print(text)
+"""
+
+
+def test_names_and_values_are_those_of_dashboard_and_alerts():
+    values = dict.fromkeys(metrics.GAUGES, 0.25) | {"train/seconds_per_step": 0.4, "train/grad_norm": 1.0}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRAPE, json.dumps(values)], capture_output=True, text=True, timeout=380, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    print(done.stderr.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ray_itpn")]
+    assert {re.match(r"\w+", line).group() for line in lines} == exported()
+    assert all('run="a run"' in line for line in lines)
+    found = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "_bucket" not in line}
+    assert found["ray_itpn_mfu"] == 0.25
+    assert found["ray_itpn_step"] == 6
+    assert found["ray_itpn_steps_total"] == 3 * 1001
+    assert found["ray_itpn_step_seconds_count"] == 1001
+    assert found["ray_itpn_window_time_seconds"] > 1.7e9
