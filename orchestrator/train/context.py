@@ -22,6 +22,8 @@ class RunContext(Protocol):
     """Local directory of the run on this host: journal, figures, exported weights."""
     run_uid: str
     attempt: int
+    term: int
+    """Fencing number of the driver that owns the run; 0 when none does."""
     facts: dict[str, str]
     """What the launcher knows about code, recipe and cluster; becomes tags."""
 

@@ -55,8 +55,9 @@ class Engine:
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(
-            run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run)
-        )
+            run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run),
+            run.term,
+        )  # fmt: skip
         self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
@@ -190,20 +191,21 @@ class Engine:
             UserError: the guard's budget of refused steps is spent.
             CollapseError: the features have lost their spread.
             StorageGoneError: no checkpoint could be committed for too long.
+            FencedError: another driver has the run.
         """
         assert self.window is not None  # noqa: S101 -- window_due() said so
         leads = self.run.rank == 0
         reason = self.run.stop_reason() if leads else ""
-        overdue = self.saver.overdue() if leads else ""
+        ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
         with self.goodput.span("compute"):
-            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), bool(overdue)]
+            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), ended is not None]
             reading = self.window.read(flags, self.goodput.sums())
             self.goodput.take(reading.sums, self.state.step)
             self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics())
         stop, save, collapsed, gone = reading.flags
         if gone:
-            raise StorageGoneError(overdue or "rank 0 could not commit a checkpoint for too long")
+            raise ended or StorageGoneError("rank 0 may not or cannot commit checkpoints; its own message says why")
         if collapsed:
             raise CollapseError(self.monitor.collapse or "rank 0 found that the features have collapsed")
         return (reason or "stop requested") if stop else "", save
