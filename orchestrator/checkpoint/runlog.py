@@ -5,8 +5,8 @@
     log/00000003.json   commit    that group commits a checkpoint
     log/00000009.json   owner     another driver took the run: whoever had it before is out
 
-Every entry is created only if its number is free (`If-None-Match: *` in a bucket, a hard link on a disk), which is the one
-conditional write that all stores make atomic. A writer may only use the number after the last entry it knows, so an
+Every entry is created only if its number is free (`If-None-Match: *` in a bucket, a hard link on a disk), which is the
+one conditional write that all stores make atomic. A writer may only use the number after the last entry it knows, so an
 entry of somebody else in that place ends its right to commit, however long it slept before. Numbers are never given
 again: nothing here is deleted. The number of an owner's or writer's entry is its fencing number.
 """
@@ -98,10 +98,10 @@ class RunLog:
         token = uuid.uuid4().hex
         entry = Entry(number, kind, term, self.author, dict(facts or {}))
         body = {"kind": kind, "term": term, "author": self.author, "facts": entry.facts, "token": token}
-        if not self.folder.put(_key(number), json.dumps(body, sort_keys=True).encode(), only_if_absent=True):
-            # The client repeats a request whose answer got lost, and then finds its own entry.
-            if json.loads(self.folder.get(_key(number)))["token"] != token:
-                raise TakenError(self.entry(number))
+        written = self.folder.put(_key(number), json.dumps(body, sort_keys=True).encode(), only_if_absent=True)
+        # The client repeats a request whose answer got lost, and then finds its own entry.
+        if not written and json.loads(self.folder.get(_key(number)))["token"] != token:
+            raise TakenError(self.entry(number))
         return entry
 
 
@@ -194,9 +194,13 @@ def describe_loss(uri: str, entry: Entry | None) -> str:
     if entry is None:
         return f"{uri}: the record of its owner (log/) is gone, so nothing may be committed; was the folder deleted?"
     if entry.kind == WRITER:
-        return f"{uri}: a newer worker group of this run has started (entry {entry.number}); this one commits nothing more"
+        return (
+            f"{uri}: a newer worker group of this run has started (entry {entry.number}); this one commits nothing more"
+        )
     if entry.kind == RELEASED:
-        return f"{uri}: the driver of this worker group has ended (entry {entry.number}); the group commits nothing more"
+        return (
+            f"{uri}: the driver of this worker group has ended (entry {entry.number}); the group commits nothing more"
+        )
     who = entry.facts.get("host", "unknown"), entry.facts.get("pid", "?"), entry.facts.get("since", "unknown")
     return (
         f"{uri}: this driver's lease has passed on (to host {who[0]}, pid {who[1]}, since {who[2]}; fencing number "

@@ -249,7 +249,6 @@ class CheckpointStore:
         except StorageError as error:
             log.warning("old checkpoints were not removed: %s", error)
 
-
     def _clear_leftovers(self) -> None:
         """Removes what earlier saves of this step left, whose marker this one has replaced."""
         where = f"checkpoints/{_name(self.last_committed)}"

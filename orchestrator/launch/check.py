@@ -123,6 +123,14 @@ def _check_settings(config: JobConfig) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise SettingError(f"{key}={value}: it must be at least 1")
+    if not 0 <= config.cluster.workers_min <= workers:
+        raise SettingError(
+            f"cluster.workers_min={config.cluster.workers_min}: allowed are 0 (always cluster.workers) to"
+            f" cluster.workers={workers}"
+        )
+    for key, seconds in {"run.lease_s": config.run.lease_s, "cluster.resize_s": config.cluster.resize_s}.items():
+        if seconds < 1:
+            raise SettingError(f"{key}={seconds:g}: it must be at least 1 second")
     if batch < workers:
         raise SettingError(
             f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one"

@@ -1,8 +1,8 @@
 """One driver per run: a lease on run storage, renewed while the driver lives.
 
-Who owns a run is an entry of the run log (`orchestrator/checkpoint/runlog.py`); that log alone decides who may commit. What
-is here decides when a newcomer may take the run at all: at once when the owner has released it or its process on this
-host is gone, else when it has not renewed for `run.lease_s` by the storage's own clock.
+Who owns a run is an entry of the run log (`orchestrator/checkpoint/runlog.py`); that log alone decides who may commit.
+What is here decides when a newcomer may take the run at all: at once when the owner has released it or its process on
+this host is gone, else when it has not renewed for `run.lease_s` by the storage's own clock.
 
     log/00000009.json    the owner's entry: host, process, since when, lease_s
     log/beat-00000009    written again and again by that owner; its age is the age of the lease
@@ -76,7 +76,9 @@ class Lease:
     def __enter__(self) -> Lease:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def check(self) -> None:
@@ -144,8 +146,8 @@ class Lease:
         job = f", job {owner.facts['job']}" if owner.facts.get("job") else ""
         raise HeldError(
             f"run {self._folder.uri.rsplit('/', 1)[-1]} is held by a driver on {where}{job}; its lease ends at "
-            f"{_moment(time.time() + left)} unless it is renewed. Stop it there (Ctrl-C, or ray job stop), wait for it, "
-            "or give another run.name"
+            f"{_moment(time.time() + left)} unless it is renewed. Stop it there (Ctrl-C, or ray job stop), wait for it,"
+            " or give another run.name"
         )
 
     def _quiet_seconds(self, number: int) -> float:
@@ -209,7 +211,7 @@ def _boot() -> str:
 def _pid_space() -> str:
     """Which process numbers this process sees: containers on one host have their own."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
 

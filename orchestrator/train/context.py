@@ -9,6 +9,9 @@ import torch
 
 from orchestrator.data.folder import Folder
 
+PREEMPTED = "preempted"
+"""A stop reason that begins with it is no person's wish: the run goes on elsewhere."""
+
 
 class RunContext(Protocol):
     """One rank's surroundings. Ray Train provides one; tests run the engine under their own."""

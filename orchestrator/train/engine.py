@@ -18,7 +18,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.views import train_view
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
-from orchestrator.train.context import RunContext
+from orchestrator.train.context import PREEMPTED, RunContext
 from orchestrator.train.goodput import Goodput
 from orchestrator.train.kind import open_kind
 from orchestrator.train.monitor import Monitor
@@ -32,6 +32,8 @@ from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
 
 log = logging.getLogger(__name__)
+_READ_S = 60.0
+"""What the last try to read may take after the time to give up has come."""
 
 
 class Engine:
@@ -42,7 +44,9 @@ class Engine:
         self.run = run
         self.goodput = Goodput(run)
         self.goodput.watch.enter("restart")  # until `restore` is done
-        self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch)
+        remote = "://" in config.data.source
+        patience_s = config.data.store.give_up_s + _READ_S if remote else 0.0
+        self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch, patience_s=patience_s)
         self._exit = ExitStack()
         manifest = Manifest.load(config.data.source, config.data.store)
         self.train_split = manifest.split(config.data.train_split)
@@ -295,7 +299,7 @@ class Engine:
     def stopped(self, reason: str) -> Outcome:
         """Ends early, after the checkpoint is on storage."""
         self._settle(stopping=True)
-        self.records.state("stopped", reason)
+        self.records.state(PREEMPTED if reason.startswith(PREEMPTED) else "stopped", reason)
         return self._outcome(reason)
 
     def finish(self) -> Outcome:

@@ -198,7 +198,9 @@ def test_of_simultaneous_drivers_exactly_one_gets_the_run(tmp_path, seed):
 def test_a_run_that_was_given_back_is_free_at_once(folder):
     with Lease(folder, 600.0, Elsewhere("a")) as first:
         assert (first.number, first.taken_from) == (1, "")
-        with pytest.raises(HeldError, match=r"run run is held by a driver on host a, pid 1, since .* UTC; its lease ends"):
+        with pytest.raises(
+            HeldError, match=r"run run is held by a driver on host a, pid 1, since .* UTC; its lease ends"
+        ):
             Lease(folder, 600.0, Elsewhere("b"))
     with Lease(folder, 600.0, Elsewhere("b")) as second:
         assert (second.number, second.taken_from) == (3, "")
@@ -254,9 +256,10 @@ def test_the_process_of_this_host_is_known_to_live_or_not():
     assert is_gone({**mine, "birth": "1"})  # its number was given to somebody else
     assert not is_gone({**mine, "birth": "1", "boot": "another"})
     assert not is_gone({**mine, "birth": "1", "pids": "pid:[1]"})
-    assert describe_process({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'})[
-        "job"
-    ] == "raysubmit_1"
+    assert (
+        describe_process({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'})["job"]
+        == "raysubmit_1"
+    )
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------
