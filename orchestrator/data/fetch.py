@@ -61,12 +61,13 @@ class ReadCounters:
 class SampleReader:
     """Fetches samples by id; thread-safe."""
 
-    def __init__(self, split: Split, config: DataConfig) -> None:
+    def __init__(self, split: Split, config: DataConfig, closed: threading.Event | None = None) -> None:
         self._split, self._config = split, config
         self._store, self._index_store = self._open()
         self._indexes: dict[int, ShardIndex] = {}
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = closed or threading.Event()
+        """Once it is set, no read waits for the store to come back."""
         self.counters = ReadCounters()
 
     def close(self) -> None:
