@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
 from orchestrator.evaluate.source import Source, open_source
+from orchestrator.track.config import why_away
 from orchestrator.track.server import check_answers
 
 _AS_YAML = str.maketrans("()", "[]")
@@ -45,6 +47,12 @@ def check(config: JobConfig) -> Checked:
     _check_settings(config)
     if config.track.required:
         check_answers(config.track)
+    elif away := why_away(config.track):
+        print(
+            f"warning: MLflow cannot be reached ({away}); the run goes on and keeps its records, which are shipped when"
+            " it answers or by jobs/sync_runs.py (track.required=true makes this an error)",
+            file=sys.stderr,
+        )
     manifest = open_dataset(config.data)
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
     batch = config.train.global_batch
