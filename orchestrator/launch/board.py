@@ -88,7 +88,12 @@ class Board:
     def admit(self) -> Admission:
         """Called by every worker when it starts."""
         self._counted = False
+        if self._step() > self._furthest and not self._verdict.refusal:
+            return Admission()  # since the last failure there was progress: this start has another reason
         return self._verdict
+
+    def _step(self) -> int:
+        return self._progress.step if self._progress else 0
 
     def complain(self, complaint: Complaint) -> None:
         """Called by a rank that fails, before anybody else can notice: the order of arrival is that of failing."""
@@ -106,7 +111,7 @@ class Board:
         self._cause = first_failure(errors, self._complaints)
         self._complaints = []
         self._failures += 1
-        step = self._progress.step if self._progress else 0
+        step = self._step()
         self._idle = 0 if step > self._furthest else self._idle + 1
         self._furthest = max(self._furthest, step)
         if self._verdict.refusal or self._failures > self._max_failures:

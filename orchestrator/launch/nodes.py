@@ -53,7 +53,7 @@ class Answer:
 
 
 def check_nodes(config: JobConfig, resources: Resources, folder: Folder, run_key: str, manifest: str) -> None:
-    """Asks every node that could be given a worker, all at once.
+    """Asks every other node that could be given a worker, all at once; the driver's own node has its code and disks.
 
     Args:
         config: resolved configuration.
@@ -66,7 +66,9 @@ def check_nodes(config: JobConfig, resources: Resources, folder: Folder, run_key
         UserError: one message for the first node that differs, cannot reach what it needs, or does not answer.
     """
     question = Question(config, folder.uri, run_key, manifest)
-    asked = {_ask(question, node["NodeID"]): node["NodeManagerAddress"] for node in fitting_nodes(resources)}
+    own = ray.get_runtime_context().get_node_id()
+    others = [node for node in fitting_nodes(resources) if node["NodeID"] != own]
+    asked = {_ask(question, node["NodeID"]): node["NodeManagerAddress"] for node in others}
     deadline = time.monotonic() + _PATIENCE_S
     for reference, address in asked.items():
         try:

@@ -1,4 +1,4 @@
-"""Two drivers of one run on one cluster, a worker that is killed, nodes that cannot do their part: real Ray, real jobs."""
+"""Drivers of one run on one cluster, a worker that is killed, requests that cannot be met: real Ray, real jobs."""
 
 import contextlib
 import json

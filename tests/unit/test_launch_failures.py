@@ -57,6 +57,8 @@ def test_pauses_grow_only_while_there_is_no_progress():
         board.failed({0: "x"})  # Ray's controller tells of the same failure again
         waits.append(board.admit().wait_s)
     assert waits == [0, 5, 10, 0, 5]
+    at(board, 12)
+    assert board.admit().wait_s == 0  # a resize after progress is no failure
     notes = board.read().notes
     assert len(notes) == 5
     assert "starts again from the last checkpoint, in 10 s (failure 3 of at most 10)" in notes[2]
