@@ -1,5 +1,6 @@
 """Who may commit: the run log and the lease under every order of events that a schedule can bring about."""
 
+import os
 import random
 import threading
 import time
@@ -192,6 +193,32 @@ def test_of_simultaneous_drivers_exactly_one_gets_the_run(tmp_path, seed):
             lease._end.set()
 
 
+class Lossy(Folder):
+    """A folder that loses the answer of the next write to the log."""
+
+    lose = False
+
+    def put(self, key, data, **options):
+        done = super().put(key, data, **options)
+        if self.lose and key.startswith("log/"):
+            self.lose = False
+            raise StorageError("the answer got lost")
+        return done
+
+
+def test_a_commit_whose_answer_got_lost_is_no_loss_of_the_run(tmp_path):
+    folder = Lossy(str(tmp_path))
+    writer = Writer(folder)
+    writer.begin()
+    folder.lose = True
+    with pytest.raises(StorageError):
+        writer.commit(1)
+    assert writer.look() is None
+    writer.commit(1)
+    assert [entry.kind for entry in entries(folder)] == [WRITER, COMMIT, COMMIT]
+    writer.close()
+
+
 # -- the lease ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +264,17 @@ def test_the_age_of_a_lease_is_told_by_the_storage(folder, monkeypatch):
     with pytest.raises(HeldError):
         Lease(folder, 600.0, Elsewhere("b"))
     assert folder.names("log") == ["00000001.json"]
+
+
+def test_the_last_renewal_counts_and_not_the_beginning(folder):
+    with Lease(folder, 600.0, Elsewhere("a")) as first:
+        entry = folder.local_path("log/00000001.json")
+        os.utime(entry, (entry.stat().st_mtime - 1000,) * 2)
+        assert first._quiet_seconds(1) > 900
+        first.renew()
+        assert first._quiet_seconds(1) < 60
+        with pytest.raises(HeldError):
+            Lease(folder, 600.0, Elsewhere("b"))
 
 
 def test_a_lease_that_is_renewed_stays(folder):
