@@ -83,7 +83,8 @@ def request(config: ClusterConfig) -> Resources:
         UserError: the cluster is too small; the message says what is asked and what is there.
     """
     have = ray.cluster_resources()
-    gpus = int(have.get("GPU", 0))
+    growing = _limits_of_autoscaler()
+    gpus = int(max(have.get("GPU", 0), growing.get("GPU", 0)))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
     asked = Resources(config.workers, config.cpus_per_worker, 1 if use_gpu else 0, config.workers_min)
     least = asked.min_workers
@@ -94,13 +95,19 @@ def request(config: ClusterConfig) -> Resources:
             f"set {key}={gpus or 1}{'' if gpus else ' and cluster.device=cpu'}, or add nodes"
         )
     room = sum(_workers_that_fit(node["Resources"], asked) for node in _nodes())
-    if room < least:
+    if max(room, _workers_that_fit(growing, asked) if growing else 0) < least:
         raise UserError(
             f"{key}={least} with cluster.cpus_per_worker={config.cpus_per_worker:g} needs "
             f"{least * config.cpus_per_worker:g} CPUs; the cluster has {have.get('CPU', 0):g} "
             f"and room for {room} such workers. Ask for fewer workers or CPUs, or add nodes"
         )
     return asked
+
+
+def _limits_of_autoscaler() -> dict[str, float]:
+    """The most that nodes which are still to come could bring; empty where the cluster does not grow by itself."""
+    found = ray._private.state.state.get_max_resources_from_cluster_config()
+    return {name: float(amount) for name, amount in (found or {}).items()}
 
 
 def fitting_nodes(resources: Resources) -> list[dict[str, Any]]:
