@@ -126,9 +126,14 @@ class Part:
     counters: LoaderCounters
 
 
-def read_parts(spec: ReaderSpec) -> Iterator[Part]:
-    """The reader's pieces of batches `first_batch` to `stop_batch`, in order."""
-    reader = SampleReader(spec.split, spec.config)
+def read_parts(spec: ReaderSpec, closed: threading.Event | None = None) -> Iterator[Part]:
+    """The reader's pieces of batches `first_batch` to `stop_batch`, in order.
+
+    Args:
+        spec: what to read.
+        closed: set by whoever has no use for more, which also ends a wait for a store that is away.
+    """
+    reader = SampleReader(spec.split, spec.config, closed)
     quarantine = Quarantine(spec.config.quarantine_budget, spec.quarantined)
     stored = sum(shard.bytes for shard in spec.split.shards)
     prefetcher = Prefetcher(
@@ -273,12 +278,13 @@ class _ThreadSource:
     def __init__(self, spec: ReaderSpec) -> None:
         self._queue: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=spec.config.prefetch)
         self._stopped = threading.Event()
+        self._unwanted = threading.Event()  # not the same: reading ends by itself too, and then there is a word to pass on
         self._thread = threading.Thread(target=self._run, args=(spec,), name="data-loader", daemon=True)
         self._thread.start()
 
     def _run(self, spec: ReaderSpec) -> None:
         end: BaseException | None = None
-        parts = read_parts(spec)
+        parts = read_parts(spec, self._unwanted)
         try:
             for piece in parts:
                 if not self._put(piece):
@@ -313,6 +319,7 @@ class _ThreadSource:
     def close(self) -> None:
         """Stops the thread; returns when it has ended."""
         self._stopped.set()
+        self._unwanted.set()
         self._thread.join()
 
 
