@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.folder import Folder
-from orchestrator.launch import pretrain as launch
+from orchestrator.launch import trainer
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
+from orchestrator.launch.run import run_training
 from orchestrator.launch.worker import train_worker
 from orchestrator.train.engine import Engine
 
@@ -76,5 +77,5 @@ if __name__ == "__main__":
     # Ray imports the function by this module's name in its workers.
     from tests.cluster import recorded
 
-    launch.train_worker = recorded.recorded_worker
-    sys.exit(run_job(PretrainConfig, "", "", launch.pretrain, resolve))
+    trainer.train_worker = recorded.recorded_worker
+    sys.exit(run_job(PretrainConfig, "", "", run_training, resolve))

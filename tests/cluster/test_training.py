@@ -107,6 +107,7 @@ def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
     assert took < 60
     stopped = int(re.search(r"stopped \(SIGTERM\) at step (\d+)", job.text)[1])
     assert whole.committed("stopped") == stopped
+    assert whole.json("runs/stopped/run.json")["state"] == "stopped"
     assert stopped % 40, "the checkpoint is that of the stop, not an earlier one"
 
     again = start(whole, "stopped")
