@@ -16,7 +16,6 @@ class Group:
     """Step of the checkpoint it began from."""
     steps_per_epoch: int
     restored: float
-    imports: float
     hosts: set[str] = field(default_factory=set)
     parts: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     """Sample ids by step and rank."""
@@ -34,10 +33,9 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
     for record in sorted((r for r in records if r["steps"]), key=lambda r: r["entered"]):
         group = found.setdefault(
             record["group"],
-            Group(record["entered"], record["world"], record["from"], record["steps_per_epoch"], 0.0, 0.0),
+            Group(record["entered"], record["world"], record["from"], record["steps_per_epoch"], 0.0),
         )
         # The last rank to be ready is the one that the others waited for.
-        group.imports = max(group.imports, record["imports"])
         group.entered = max(group.entered, record["entered"])
         group.restored = max(group.restored, record["restored"])
         group.first_step_at = max(group.first_step_at, record["steps"][0]["at"])

@@ -3,15 +3,11 @@
 `ITPN_TEST_RECORDS` is the folder, `ITPN_TEST_PACE_S` a pause per step in the place of a model that takes that long.
 """
 
-# ruff: noqa: E402 -- the time that imports take is measured
-import time
-
-BEGUN = time.time()
-
 import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import ray
@@ -36,7 +32,6 @@ class Recorder:
         self.folder = folder
         self.steps = []
         self.facts = {
-            "imports": BEGUN,
             "entered": time.time(),
             "host": socket.gethostname(),
             "group": ray.get_runtime_context().get_placement_group_id(),

@@ -51,6 +51,17 @@ def start(cluster: Cluster, name: str, *settings: str):
     )  # fmt: skip
 
 
+def test_with_a_wrong_token_no_job_starts(whole):
+    (whole.head.files / "run" / "wrong-token").write_text("f" * 32)
+    job = whole.pretrain("refused", token="/run/wrong-token")
+    assert job.wait(60) == 1
+    assert "token" in job.text.lower()
+    listed = whole.head.run(["ray", "job", "list", "--address", whole.dashboard], whole.environment(whole.head))
+    assert listed.returncode == 0
+    assert job.name not in listed.stdout
+    assert whole.keys("runs/refused/") == []
+
+
 def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     """Two of three hosts are killed in mid-epoch, one after the other; the first is back before the second dies."""
     job = start(whole, "killed")
@@ -83,20 +94,6 @@ def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     assert job.text.count("resumed from the checkpoint of step") == 2
 
 
-def test_a_host_that_the_network_no_longer_reaches_is_replaced(whole):
-    """Neither side is told of the cut: no connection is closed."""
-    job = start(whole, "cut")
-    wait_for_step(whole, job, "cut", 60)
-    host = whole.hosts_in_use()[0]
-    host.cut()
-    code = job.wait(500)
-    assert code == 0, job.text
-    found = groups(records(whole, "cut"))
-    assert len(found) == 2
-    assert host.name not in found[1].hosts
-    check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
-
-
 def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
     job = start(whole, "stopped")
     wait_for_step(whole, job, "stopped", 55)
@@ -116,18 +113,7 @@ def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
     assert check_lineage(groups(records(whole, "stopped")), total=4 * PER_EPOCH, batch=BATCH) == 0
 
 
-def test_with_a_wrong_token_no_job_starts(whole):
-    (whole.head.files / "run" / "wrong-token").write_text("f" * 32)
-    job = whole.pretrain("refused", token="/run/wrong-token")
-    assert job.wait(60) == 1
-    assert "token" in job.text.lower()
-    listed = whole.head.run(["ray", "job", "list", "--address", whole.dashboard], whole.environment(whole.head))
-    assert listed.returncode == 0
-    assert job.name not in listed.stdout
-    assert whole.keys("runs/refused/") == []
-
-
-def test_a_drained_host_loses_at_most_one_step(whole):
+def test_a_host_drained_before_it_stops_loses_at_most_one_step(whole):
     """What Kubernetes' preStop hook of a preemptible pool does: the node is drained with reason preemption."""
     job = start(whole, "drained")
     wait_for_step(whole, job, "drained", 60)
@@ -139,6 +125,20 @@ def test_a_drained_host_loses_at_most_one_step(whole):
     found = groups(records(whole, "drained"))
     assert host.name not in found[1].hosts
     assert check_lineage(found, total=4 * PER_EPOCH, batch=BATCH) <= 1
+
+
+def test_a_host_that_the_network_no_longer_reaches_stops_nothing(whole):
+    """Neither side is told of the cut: no connection is closed."""
+    job = start(whole, "cut")
+    wait_for_step(whole, job, "cut", 60)
+    host = whole.hosts_in_use()[0]
+    host.cut()
+    code = job.wait(500)
+    assert code == 0, job.text
+    found = groups(records(whole, "cut"))
+    assert len(found) == 2
+    assert host.name not in found[1].hosts
+    check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
 
 
 SPACE = """
