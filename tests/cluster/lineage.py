@@ -55,7 +55,7 @@ def check_lineage(found: list[Group], total: int, batch: int) -> int:
     for group in found:
         dropped |= {step: ids for step, ids in lineage.items() if step >= group.first}
         lineage = {step: ids for step, ids in lineage.items() if step < group.first} | group.whole()
-    assert sorted(lineage) == list(range(total))
+    assert sorted(lineage) == list(range(total)), f"steps were lost: {sorted(set(range(total)) - set(lineage))}"
     for step, ids in dropped.items():
         assert lineage[step] == ids, f"step {step} was done again with other samples"
     per_epoch = found[0].steps_per_epoch
