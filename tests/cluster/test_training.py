@@ -114,17 +114,18 @@ def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
 
 
 def test_a_host_drained_before_it_stops_loses_at_most_one_step(whole):
-    """What Kubernetes' preStop hook of a preemptible pool does: the node is drained with reason preemption."""
+    """The preStop hook of a preemptible pool runs in the host; when the run has left it, the host goes."""
     job = start(whole, "drained")
     wait_for_step(whole, job, "drained", 60)
     host = whole.hosts_in_use()[0]
-    whole.drain(host, deadline_s=60)
+    whole.drain(host, 75)
     wait_for_group(whole, job, "drained", 2)
     host.kill()
     assert job.wait(300) == 0, job.text
     found = groups(records(whole, "drained"))
     assert host.name not in found[1].hosts
     assert check_lineage(found, total=4 * PER_EPOCH, batch=BATCH) <= 1
+    assert "preempted" in [entry["state"] for entry in whole.json("runs/drained/run.json")["history"]]
 
 
 def test_a_host_that_the_network_no_longer_reaches_stops_nothing(whole):
