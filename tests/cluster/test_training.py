@@ -142,6 +142,25 @@ def test_a_host_that_the_network_no_longer_reaches_stops_nothing(whole):
     check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
 
 
+def test_an_elastic_run_goes_on_with_fewer_hosts_and_grows_back(whole):
+    job = whole.pretrain(
+        "elastic", "cluster.workers=3", "cluster.workers_min=2", "cluster.resize_s=5", "train.epochs=100",
+        "checkpoint.every_steps=20", "checkpoint.every_epochs=0", pace_s=0.3,
+    )  # fmt: skip
+    wait_for_step(whole, job, "elastic", 30)
+    host = whole.hosts_in_use()[0]
+    host.kill()
+    wait_for_group(whole, job, "elastic", 2)
+    whole.restart(host)
+    wait_for_group(whole, job, "elastic", 3)
+    job.stop()
+    assert job.wait(90) == 0, job.text
+    found = groups(records(whole, "elastic"))
+    assert [group.world for group in found] == [3, 2, 3]
+    assert host.name in found[2].hosts
+    check_lineage(found, total=whole.committed("elastic"), batch=BATCH)
+
+
 SPACE = """
 sweep:
   space:
@@ -167,5 +186,6 @@ def test_six_trials_train_on_three_hosts_without_waiting_for_each_other(whole):
         "sweep.objectives=[accuracy,gflops]", "cluster.workers=1",
     )  # fmt: skip
     assert job.wait(600) == 0, job.text
+    assert "Failed to fetch metrics" not in job.text
     ends = [whole.json(key) for key in whole.keys("runs/swept/trials/") if key.endswith("/end.json")]
     assert [end["state"] for end in ends] == ["finished"] * 6, [end["error"] for end in ends]

@@ -24,6 +24,11 @@ def test_redone_steps_are_counted_once_in_the_lineage():
     assert check_lineage(found, total=6, batch=2) == 2
 
 
+def test_a_step_that_was_not_reached_again_is_not_compared():
+    found = groups([record("a", 1.0, 0, ids(0, 1, 2, 3)), record("b", 9.0, 1, ids(1, 2))])
+    assert check_lineage(found, total=3, batch=2) == 2
+
+
 def test_ranks_are_joined_in_order_and_a_step_of_one_rank_only_does_not_count():
     both = [record("a", 1.0, 0, [(0, [0]), (1, [2]), (2, [4])]), record("a", 1.1, 0, [(0, [1]), (1, [3])], rank=1)]
     for part in both:
