@@ -7,6 +7,7 @@ work they wait for. The task may hang, die or exhaust its memory: it is killed, 
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import tempfile
@@ -169,6 +170,8 @@ def run_sweep(work: Work, state: SweepState, on_end: Callable[[Trial, End], None
     if not left:
         return
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    # Tune misses its own result files of trials on other hosts and warns of each; what counts is in the journal.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # with it Tune prints boxes whatever `verbose` says
     os.environ.setdefault("TUNE_MAX_PENDING_TRIALS_PG", str(work.placement.concurrent))
     with tempfile.TemporaryDirectory(prefix="sweep-") as scratch, warnings.catch_warnings():
