@@ -79,9 +79,11 @@ class RayContext:
         ray.train.report({**metrics, "checkpoint_step": float(checkpoint_step)})
 
     def close(self) -> None:
-        """Sends the last progress."""
+        """Sends the last progress, and shows no more numbers."""
         if self._board:
             self._board.close()
+        if self._metrics:
+            self._metrics.close()
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
