@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
-from orchestrator.launch.pretrain import pretrain
+from orchestrator.launch.run import run_training
 
 FIRST_RUN = str(Path(__file__).resolve().parent / "recipes" / "first_run.yaml")
 
 if __name__ == "__main__":
-    sys.exit(run_job(PretrainConfig, __doc__, FIRST_RUN, pretrain, resolve))
+    sys.exit(run_job(PretrainConfig, __doc__, FIRST_RUN, run_training, resolve))

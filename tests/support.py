@@ -83,6 +83,7 @@ class LocalRun:
         self.folder = Folder(f"{config.run.storage}/{config.run.name}")
         self.directory = Path(config.run.storage) / config.run.name
         self.run_uid = "0" * 32
+        self.term = 0
         self.facts = {"recipe": "test"}
         self.notes: list[str] = []
         self.reports: list[dict[str, float]] = []

@@ -2,9 +2,12 @@
 
 Layout under `<run>/checkpoints/`:
 
-    step-00000120/tensors.safetensors   every tensor of the training state
-    step-00000120/state.json            step, counters, fingerprints
-    step-00000120/COMMITTED.json        sizes and SHA-256 of the two; written last, its presence is the commit
+    step-00000120/00000002-0001-tensors.safetensors   every tensor of the training state
+    step-00000120/00000002-0001-state.json            step, counters, fingerprints
+    step-00000120/COMMITTED.json   names, sizes and SHA-256 of the two; written last, its presence is the commit
+
+In front of a name stand the writer's fencing number (`runlog.py`) and a number of the save: a writer that slept while
+another took the run cannot touch the other's files when it wakes, and the run log refuses its commit.
 
 A checkpoint without its marker, or whose bytes differ from the marker, is passed over with a logged line and the one
 before it is used.
@@ -30,6 +33,7 @@ from torch import Tensor
 
 from itpn_core.errors import UserError
 from orchestrator.checkpoint.retention import kept
+from orchestrator.checkpoint.runlog import FencedError, Writer
 from orchestrator.data.folder import Folder, StorageError
 
 log = logging.getLogger(__name__)
@@ -77,10 +81,15 @@ class CheckpointStore:
         keep: newest committed checkpoints that stay.
         every_steps: of every range of so many steps one checkpoint stays for good; 0 = none does.
         made_by: fingerprints (settings, data, code) that go into every marker.
+        term: of the driver that owns the run (`runlog.Writer`).
     """
 
-    def __init__(self, folder: Folder, keep: int, every_steps: int = 0, made_by: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Folder, keep: int, every_steps: int = 0, made_by: dict[str, str] | None = None, term: int = 0
+    ) -> None:
         self._folder = folder
+        self.writer = Writer(folder, term)
+        self._saves = 0
         self._keep = keep
         self._every_steps = every_steps
         self.made_by = made_by or {}
@@ -133,6 +142,7 @@ class CheckpointStore:
             self.wait()
         finally:
             self._pool.shutdown()
+            self.writer.close()
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first (their bytes are not yet verified)."""
@@ -161,7 +171,8 @@ class CheckpointStore:
             try:
                 marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
                 for name, expected in marker["files"].items():
-                    self._folder.download(f"{where}/{name}", Path(scratch, name))
+                    # Checkpoints from before there were fencing numbers have no stamp.
+                    self._folder.download(f"{where}/{marker.get('stamp', '')}{name}", Path(scratch, name))
                     _verify(Path(scratch, name), expected)
                 tensors = load_file(Path(scratch, TENSORS))
                 state = json.loads(Path(scratch, STATE).read_text(encoding="utf-8"))
@@ -174,6 +185,10 @@ class CheckpointStore:
         began, cpu = time.perf_counter(), time.thread_time()
         try:
             size = self._write(snapshot, before_commit)
+        except FencedError as error:
+            log.warning("the checkpoint of step %d was not committed: %s", snapshot.step, error)
+            self._discard(snapshot.step)
+            return
         except (StorageError, OSError, SafetensorError) as error:
             # safetensors wraps a full disk in an error of its own.
             self.failure = error if isinstance(error, StorageError) else StorageError(f"cannot write: {error}")
@@ -188,27 +203,43 @@ class CheckpointStore:
 
     def _write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> int:
         where = f"checkpoints/{_name(snapshot.step)}"
+        if not self.writer.number:
+            self.writer.begin()
+        self._saves += 1
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             tensors, state = Path(scratch, TENSORS), Path(scratch, STATE)
             save_file(snapshot.tensors, tensors)
             state.write_text(json.dumps(snapshot.state, sort_keys=True), encoding="utf-8")
             files = {path.name: _describe(path) for path in (tensors, state)}
-            # A marker of an earlier attempt at this step would vouch for bytes that are being replaced.
-            self._folder.delete([f"{where}/{MARKER}"])
             for path in (tensors, state):
-                self._folder.put(f"{where}/{path.name}", path)
+                self._folder.put(f"{where}/{self._stamp}{path.name}", path)
         before_commit()
-        marker = json.dumps({"version": 1, "step": snapshot.step, "files": files, "made_by": self.made_by})
-        self._folder.put(f"{where}/{MARKER}", marker.encode())
+        marker = {
+            "version": 2, "step": snapshot.step, "fence": self.writer.number, "stamp": self._stamp, "files": files,
+            "made_by": self.made_by,
+        }  # fmt: skip
+        self.writer.commit(snapshot.step)
+        self._folder.put(f"{where}/{MARKER}", json.dumps(marker).encode())
         return sum(file["bytes"] for file in files.values())
+
+    @property
+    def _stamp(self) -> str:
+        """What the names of this save's objects begin with; no other save's do."""
+        return f"{self.writer.number:08d}-{self._saves:04d}-"
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, so that it does not fill the disk; best effort, as storage is in trouble."""
+        where = f"checkpoints/{_name(step)}"
         with contextlib.suppress(StorageError):
-            self._folder.delete_tree(f"checkpoints/{_name(step)}")
+            self._folder.delete(f"{where}/{self._stamp}{name}" for name in (TENSORS, STATE))
+            if not self._folder.names(where):
+                self._folder.delete_tree(where)
 
     def _retire(self) -> None:
+        if self.writer.look() is not None:
+            return  # what is old is for the successor to say
         try:
+            self._clear_leftovers()
             steps = self.steps()
             for step in sorted(set(steps) - kept(steps, self._keep, self._every_steps, self.best)):
                 # The marker goes first: a half-deleted checkpoint must not look committed.
@@ -217,6 +248,12 @@ class CheckpointStore:
                 self._folder.delete_tree(where)
         except StorageError as error:
             log.warning("old checkpoints were not removed: %s", error)
+
+    def _clear_leftovers(self) -> None:
+        """Removes what earlier saves of this step left, whose marker this one has replaced."""
+        where = f"checkpoints/{_name(self.last_committed)}"
+        mine = {f"{self._stamp}{name}" for name in (TENSORS, STATE)} | {MARKER}
+        self._folder.delete(f"{where}/{name}" for name in self._folder.names(where) if name not in mine)
 
 
 def _name(step: int) -> str:

@@ -41,5 +41,9 @@ class QuarantineError(DataError):
     """More samples are damaged than the configuration allows."""
 
 
+class DataGoneError(DataError):
+    """The data stayed away longer than `data.store.give_up_s`: this rank cannot go on."""
+
+
 class StorageGoneError(UserError):
     """Storage stayed away longer than the settings allow: the run ends as failed, its last commit intact."""

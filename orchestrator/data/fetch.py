@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import google_crc32c
 import numpy as np
 
-from orchestrator.data.cache import open_cached
+from orchestrator.data.cache import CachedStore, open_cached
 from orchestrator.data.config import DataConfig
 from orchestrator.data.decode import IMAGE_FIELDS, LABEL_FIELDS
-from orchestrator.data.errors import ChangedError, IntegrityError, NotFoundError, ShortReadError
+from orchestrator.data.errors import (
+    ChangedError,
+    DataGoneError,
+    IntegrityError,
+    NotFoundError,
+    ShortReadError,
+    StoreError,
+)
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.manifest import Shard, Split
 from orchestrator.data.order import Order
@@ -21,9 +31,12 @@ from orchestrator.data.permute import I64
 from orchestrator.data.quarantine import Damage
 from orchestrator.data.store import open_store
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 _GAP = 64 << 10  # bytes that are cheaper to read and throw away than to ask for separately
 _ATTEMPTS = 3
 _INDEXES = 256  # shard indexes kept open per reader
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 @dataclass(frozen=True)
@@ -48,15 +61,54 @@ class ReadCounters:
 class SampleReader:
     """Fetches samples by id; thread-safe."""
 
-    def __init__(self, split: Split, config: DataConfig) -> None:
+    def __init__(self, split: Split, config: DataConfig, closed: threading.Event | None = None) -> None:
         self._split, self._config = split, config
-        self._store = open_cached(open_store(split.uri, config.store), config.cache)
-        self._index_store = self._store
-        if split.index_uri != split.uri:
-            self._index_store = open_cached(open_store(split.index_uri, config.store), config.cache)
+        self._store, self._index_store = self._open()
         self._indexes: dict[int, ShardIndex] = {}
         self._lock = threading.Lock()
+        self._closed = closed or threading.Event()
+        """Once it is set, no read waits for the store to come back."""
         self.counters = ReadCounters()
+
+    def close(self) -> None:
+        """Ends reads that wait for the store to come back."""
+        self._closed.set()
+
+    def _open(self) -> tuple[CachedStore, CachedStore]:
+        """New clients for the shards and for their indexes; credentials are taken from the environment's chain."""
+        split, config = self._split, self._config
+        store = open_cached(open_store(split.uri, config.store), config.cache)
+        if split.index_uri == split.uri:
+            return store, store
+        return store, open_cached(open_store(split.index_uri, config.store), config.cache)
+
+    def _patiently(self, read: Callable[[], T]) -> T:
+        """Tries again while the store is away or refuses, with a new client each time.
+
+        Raises:
+            DataGoneError: it stayed so for `data.store.give_up_s`.
+            StoreError: the store answers, but what was asked for is not there or not right.
+        """
+        limit, pause, began = self._config.store.give_up_s, _FIRST_PAUSE_S, time.monotonic()
+        while True:
+            try:
+                return read()
+            except (NotFoundError, ShortReadError, ChangedError):
+                raise
+            except StoreError as error:
+                left = limit - (time.monotonic() - began)
+                if left <= 0:
+                    raise DataGoneError(
+                        f"training data could not be read for {limit:g} s (data.store.give_up_s), the last time: {error}. "
+                        "Committed checkpoints are intact: repair the access and type the same command again"
+                    ) from error
+                log.warning("reading waits for the store, %.0f s are left: %s", left, error)
+                if self._closed.wait(min(pause, left)):
+                    raise
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            with self._lock:
+                self.counters.retries += 1
+                self._store, self._index_store = self._open()
 
     def read(self, ids_B: I64) -> dict[int, Encoded | Damage]:
         """Reads samples that lie close together.
@@ -68,7 +120,7 @@ class SampleReader:
             For each id its verified bytes, or what is wrong with it.
 
         Raises:
-            StoreError: the store cannot be reached. Damage is not raised: it is returned.
+            DataGoneError: the store cannot be reached, or refuses, for too long. Damage is not raised: it is returned.
         """
         result: dict[int, Encoded | Damage] = {}
         shard_B, number_B = self._split.locate(ids_B)
@@ -92,7 +144,8 @@ class SampleReader:
                 return self._indexes[shard_number]
         shard = self._split.shards[shard_number]
         where = f"{self._split.index_uri}/{shard.index}"
-        data = self._index_store.read(shard.index, content=f"{shard.index_crc32c:08x}-{shard.sha256}")
+        content = f"{shard.index_crc32c:08x}-{shard.sha256}"
+        data = self._patiently(lambda: self._index_store.read(shard.index, content=content))
         if google_crc32c.value(data) != shard.index_crc32c:
             raise IntegrityError(f"{where} is not the index the manifest was written with; run jobs/index_shards.py")
         index = ShardIndex.from_bytes(data, where)
@@ -127,7 +180,11 @@ class SampleReader:
         with self._lock:
             self.counters.requests += 1
             self.counters.bytes += end - start
-        return self._store.read_range(shard.name, start, end - start, shard.etag, content=shard.sha256, fresh=fresh)
+        return self._patiently(
+            lambda: self._store.read_range(
+                shard.name, start, end - start, shard.etag, content=shard.sha256, fresh=fresh
+            )
+        )
 
     def _read_again(self, shard: Shard, index: ShardIndex, sample_id: int, number: int) -> Encoded | Damage:
         start, end = _extent(index, number)
@@ -233,6 +290,7 @@ class Prefetcher:
 
     def close(self) -> None:
         """Drops what is under way."""
+        self._reader.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def take(self, index: int) -> tuple[I64, list[Encoded | Damage | None]]:

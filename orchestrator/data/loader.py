@@ -124,12 +124,13 @@ class _ThreadSource:
     def __init__(self, spec: ReaderSpec) -> None:
         self._queue: queue.Queue[Part | BaseException | None] = queue.Queue(maxsize=spec.config.prefetch)
         self._stopped = threading.Event()
+        self._unwanted = threading.Event()  # not the same: reading ends by itself too, and then there is a word to pass on
         self._thread = threading.Thread(target=self._run, args=(spec,), name="data-loader", daemon=True)
         self._thread.start()
 
     def _run(self, spec: ReaderSpec) -> None:
         end: BaseException | None = None
-        parts = read_parts(spec)
+        parts = read_parts(spec, self._unwanted)
         try:
             for piece in parts:
                 if not self._put(piece):
@@ -164,6 +165,7 @@ class _ThreadSource:
     def close(self) -> None:
         """Stops the thread; returns when it has ended."""
         self._stopped.set()
+        self._unwanted.set()
         self._thread.join()
 
 

@@ -6,6 +6,7 @@ where to begin.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -99,9 +100,14 @@ class Part:
     counters: LoaderCounters
 
 
-def read_parts(spec: ReaderSpec) -> Iterator[Part]:
-    """The reader's pieces of batches `first_batch` to `stop_batch`, in order."""
-    reader = SampleReader(spec.split, spec.config)
+def read_parts(spec: ReaderSpec, closed: threading.Event | None = None) -> Iterator[Part]:
+    """The reader's pieces of batches `first_batch` to `stop_batch`, in order.
+
+    Args:
+        spec: what to read.
+        closed: set by whoever has no use for more, which also ends a wait for a store that is away.
+    """
+    reader = SampleReader(spec.split, spec.config, closed)
     quarantine = Quarantine(spec.config.quarantine_budget, spec.quarantined)
     stored = sum(shard.bytes for shard in spec.split.shards)
     prefetcher = Prefetcher(

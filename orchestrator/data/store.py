@@ -43,6 +43,13 @@ class StoreConfig:
     request_seconds: float = field(default=120.0, metadata={"help": "time allowed for one whole request"})
     retries: int = field(default=6, metadata={"help": "retries of a failed request before it is an error"})
     retry_seconds: float = field(default=60.0, metadata={"help": "no retry starts later than this"})
+    give_up_s: float = field(
+        default=600.0,
+        metadata={
+            "help": "how long training data may stay away or refused before the run fails; until then reads are tried"
+            " again, with credentials read anew"
+        },
+    )
 
 
 @dataclass(frozen=True)

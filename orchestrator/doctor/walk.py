@@ -37,6 +37,7 @@ class Silent:
 
     run_uid = "0" * 32
     attempt = 1
+    term = 0
 
     def __init__(self, directory: Path, rank: int, world: int) -> None:
         self.rank, self.world = rank, world

@@ -1,15 +1,18 @@
-"""A noticeboard between the driver and rank 0: progress one way, a stop request the other."""
+"""A noticeboard between the driver and the workers: progress and failures one way, requests and verdicts the other."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+
+from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure
 
 
 @dataclass(frozen=True)
@@ -24,38 +27,111 @@ class Progress:
     loss: float = float("nan")
     images_per_second: float = 0.0
     seconds_per_step: float = 0.0
-    note: str = ""
-    """A line that is worth keeping in the log, such as where a run was resumed."""
 
 
-class _Board:
+@dataclass(frozen=True)
+class News:
+    """What rank 0 tells at once."""
+
+    progress: Progress | None
+    notes: list[str] = field(default_factory=list)
+    """Lines that are worth keeping in the log, such as where a run was resumed."""
+    states: list[tuple[str, str]] = field(default_factory=list)
+    """Lifecycle states that were entered, with their reasons."""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """What a worker is told when it starts."""
+
+    wait_s: float = 0.0
+    """Pause before it does anything, after failures that brought no progress."""
+    refusal: str = ""
+    """Why no worker group can help any more; "" = go on."""
+    exit_code: int = 0
+
+
+class Board:
     """The actor's state; every method returns at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_failures: int = 0) -> None:
+        self._max_failures = max_failures
         self._progress: Progress | None = None
         self._notes: list[str] = []
+        self._states: list[tuple[str, str]] = []
         self._stop = ""
+        self._complaints: list[Complaint] = []
+        self._failures = self._idle = 0
+        self._furthest = -1
+        self._verdict = Admission()
+        self._cause = ""
+        self._counted = False
+        """Whether the failure of the group that runs now is counted; the controller may tell of it more than once."""
 
-    def post(self, progress: Progress) -> str:
-        """Takes progress, answers with the reason of a stop request ("" = go on)."""
-        self._progress = progress
-        if progress.note:
-            self._notes.append(progress.note)
+    def post(self, news: News) -> str:
+        """Takes news, answers with the reason of a stop request ("" = go on)."""
+        self._progress = news.progress or self._progress
+        self._notes += news.notes
+        self._states += news.states
         return self._stop
 
-    def read(self) -> tuple[Progress | None, list[str]]:
-        """Latest progress and the notes since the last read."""
-        notes, self._notes = self._notes, []
-        return self._progress, notes
+    def read(self) -> News:
+        """Latest progress, and what has been told since the last read."""
+        news = News(self._progress, self._notes, self._states)
+        self._notes, self._states = [], []
+        return news
 
     def stop(self, reason: str) -> None:
         """Asks the run to save and end."""
         self._stop = reason
 
+    def admit(self) -> Admission:
+        """Called by every worker when it starts."""
+        self._counted = False
+        if self._step() > self._furthest and not self._verdict.refusal:
+            return Admission()  # since the last failure there was progress: this start has another reason
+        return self._verdict
 
-def open_board() -> Any:
+    def _step(self) -> int:
+        return self._progress.step if self._progress else 0
+
+    def complain(self, complaint: Complaint) -> None:
+        """Called by a rank that fails, before anybody else can notice: the order of arrival is that of failing."""
+        self._complaints.append(complaint)
+
+    def refuse(self, reason: str, exit_code: int) -> None:
+        """Ends the run: groups that start from now on do nothing."""
+        self._verdict = Admission(refusal=reason, exit_code=exit_code)
+
+    def failed(self, errors: dict[int, str]) -> None:
+        """Called by Ray Train's controller when ranks have failed: the group ends, and may start again."""
+        if self._counted:
+            return
+        self._counted = True
+        self._cause = first_failure(errors, self._complaints)
+        self._complaints = []
+        self._failures += 1
+        step = self._step()
+        self._idle = 0 if step > self._furthest else self._idle + 1
+        self._furthest = max(self._furthest, step)
+        if self._verdict.refusal or self._failures > self._max_failures:
+            return
+        wait = backoff_seconds(self._idle)
+        self._verdict = Admission(wait)
+        pause = f", in {wait:g} s" if wait else ""
+        self._notes.append(
+            f"warning: {self._cause}\nthe worker group starts again from the last checkpoint{pause} "
+            f"(failure {self._failures} of at most {self._max_failures})"
+        )
+
+    def end(self) -> tuple[str, Admission]:
+        """Which failure came first in the group that failed last, and the verdict."""
+        return self._cause, self._verdict
+
+
+def open_board(max_failures: int = 0) -> Any:
     """Starts the board on the driver's node; it needs no CPU and dies with the driver."""
-    return ray.remote(_Board).options(num_cpus=0).remote()
+    return ray.remote(Board).options(num_cpus=0).remote(max_failures)
 
 
 class BoardClient:
@@ -68,8 +144,9 @@ class BoardClient:
     def __init__(self, board: Any, poll_s: float = 0.5) -> None:
         self._board = board
         self._poll_s = poll_s
-        self._latest = Progress("starting")
+        self._latest: Progress | None = None
         self._notes: list[str] = []
+        self._states: list[tuple[str, str]] = []
         self.stop_reason = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="board", daemon=True)
@@ -82,6 +159,10 @@ class BoardClient:
     def note(self, text: str) -> None:
         """Queues a line for the driver's output."""
         self._notes.append(text)
+
+    def state(self, name: str, reason: str = "") -> None:
+        """Queues a lifecycle state for the run's record."""
+        self._states.append((name, reason))
 
     def close(self) -> None:
         """Sends what is left and ends the thread."""
@@ -97,21 +178,19 @@ class BoardClient:
                 return
 
     def _exchange(self) -> None:
-        latest = self._latest
-        for note in self._notes[:] or [""]:
-            # A note leaves the queue only after the actor took it.
-            reason = ray.get(self._board.post.remote(replace(latest, note=note)), timeout=10)
-            if note:
-                self._notes.remove(note)
-            if reason:
-                self.stop_reason = reason
+        notes, states = self._notes[:], self._states[:]
+        reason = ray.get(self._board.post.remote(News(self._latest, notes, states)), timeout=10)
+        # They leave the queue only after the actor took them.
+        del self._notes[: len(notes)], self._states[: len(states)]
+        if reason:
+            self.stop_reason = reason
 
 
-def watch(board: Any, show: Any, done: threading.Event, poll_s: float = 0.5) -> None:
-    """Driver's side: reads the board until `done`, handing (progress, notes) to `show`."""
+def watch(board: Any, show: Callable[[News], None], done: threading.Event, poll_s: float = 0.5) -> None:
+    """Driver's side: reads the board until `done`, handing news to `show`."""
     while not done.is_set():
         with contextlib.suppress(RayError):
-            show(*ray.get(board.read.remote(), timeout=10))
+            show(ray.get(board.read.remote(), timeout=10))
         time.sleep(poll_s)
     with contextlib.suppress(RayError):
-        show(*ray.get(board.read.remote(), timeout=10))
+        show(ray.get(board.read.remote(), timeout=10))

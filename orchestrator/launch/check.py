@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
 from orchestrator.evaluate.source import Source, open_source
+from orchestrator.track.config import why_away
 from orchestrator.track.server import check_answers
 
 _AS_YAML = str.maketrans("()", "[]")
@@ -45,6 +47,12 @@ def check(config: JobConfig) -> Checked:
     _check_settings(config)
     if config.track.required:
         check_answers(config.track)
+    elif away := why_away(config.track):
+        print(
+            f"warning: MLflow cannot be reached ({away}); the run goes on and keeps its records, which are shipped when"
+            " it answers or by jobs/sync_runs.py (track.required=true makes this an error)",
+            file=sys.stderr,
+        )
     manifest = open_dataset(config.data)
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
     batch = config.train.global_batch
@@ -123,6 +131,14 @@ def _check_settings(config: JobConfig) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise SettingError(f"{key}={value}: it must be at least 1")
+    if not 0 <= config.cluster.workers_min <= workers:
+        raise SettingError(
+            f"cluster.workers_min={config.cluster.workers_min}: allowed are 0 (always cluster.workers) to"
+            f" cluster.workers={workers}"
+        )
+    for key, seconds in {"run.lease_s": config.run.lease_s, "cluster.resize_s": config.cluster.resize_s}.items():
+        if seconds < 1:
+            raise SettingError(f"{key}={seconds:g}: it must be at least 1 second")
     if batch < workers:
         raise SettingError(
             f"train.global_batch={batch} is smaller than cluster.workers={workers}: every worker needs at least one"

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -21,6 +22,13 @@ class Resources:
     workers: int
     cpus: float
     gpus: int
+    workers_min: int = 0
+    """Fewest workers to go on with; 0 = all."""
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers to go on with."""
+        return self.workers_min or self.workers
 
     @property
     def bundle(self) -> dict[str, float]:
@@ -64,6 +72,8 @@ def ready_for_train(config: ClusterConfig) -> None:
     # The controller looks at its workers this often; at Ray's 2 s a short run spends its time waiting for reports.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.start_timeout_s))
+    # A notice that a node will be taken away counts in seconds: clouds give 30 to 120 of them.
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 
 
 def request(config: ClusterConfig) -> Resources:
@@ -73,26 +83,40 @@ def request(config: ClusterConfig) -> Resources:
         UserError: the cluster is too small; the message says what is asked and what is there.
     """
     have = ray.cluster_resources()
-    gpus = int(have.get("GPU", 0))
+    growing = _limits_of_autoscaler()
+    gpus = int(max(have.get("GPU", 0), growing.get("GPU", 0)))
     use_gpu = config.device == "cuda" or (config.device == "auto" and gpus > 0)
-    asked = Resources(config.workers, config.cpus_per_worker, 1 if use_gpu else 0)
-    if use_gpu and gpus < config.workers:
+    asked = Resources(config.workers, config.cpus_per_worker, 1 if use_gpu else 0, config.workers_min)
+    least = asked.min_workers
+    key = "cluster.workers_min" if config.workers_min else "cluster.workers"
+    if use_gpu and gpus < least:
         raise UserError(
-            f"cluster.workers={config.workers} needs {config.workers} GPUs, the cluster has {gpus}: "
-            f"set cluster.workers={gpus or 1}{'' if gpus else ' and cluster.device=cpu'}, or add nodes"
+            f"{key}={least} needs {least} GPUs, the cluster has {gpus}: "
+            f"set {key}={gpus or 1}{'' if gpus else ' and cluster.device=cpu'}, or add nodes"
         )
-    room = sum(_workers_that_fit(node, asked) for node in _nodes())
-    if room < config.workers:
+    room = sum(_workers_that_fit(node["Resources"], asked) for node in _nodes())
+    if max(room, _workers_that_fit(growing, asked) if growing else 0) < least:
         raise UserError(
-            f"cluster.workers={config.workers} with cluster.cpus_per_worker={config.cpus_per_worker:g} needs "
-            f"{config.workers * config.cpus_per_worker:g} CPUs; the cluster has {have.get('CPU', 0):g} "
+            f"{key}={least} with cluster.cpus_per_worker={config.cpus_per_worker:g} needs "
+            f"{least * config.cpus_per_worker:g} CPUs; the cluster has {have.get('CPU', 0):g} "
             f"and room for {room} such workers. Ask for fewer workers or CPUs, or add nodes"
         )
     return asked
 
 
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _limits_of_autoscaler() -> dict[str, float]:
+    """The most that nodes which are still to come could bring; empty where the cluster does not grow by itself."""
+    found = ray._private.state.state.get_max_resources_from_cluster_config()
+    return {name: float(amount) for name, amount in (found or {}).items()}
+
+
+def fitting_nodes(resources: Resources) -> list[dict[str, Any]]:
+    """Nodes, in Ray's words, that have room for a worker when nothing else runs there."""
+    return [node for node in _nodes() if _workers_that_fit(node["Resources"], resources)]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _workers_that_fit(node: dict[str, float], asked: Resources) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.place import local_directory
-from orchestrator.launch.record import RunRecord
+from orchestrator.launch.record import Lifecycle
 from orchestrator.launch.show import duration, table
 from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.environment import working_diff
@@ -19,8 +19,9 @@ from orchestrator.track.redact import Redactor, secret_values
 MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
 
 
-def record_end(config: JobConfig, folder: Folder, record: RunRecord, state: str, reason: str) -> None:
+def record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, reason: str) -> None:
     """Tells the tracking server how the run ended; says where the backlog is when the server does not answer."""
+    record = life.record
     recorder = Recorder(
         config.track,
         record.run_uid,
@@ -31,7 +32,7 @@ def record_end(config: JobConfig, folder: Folder, record: RunRecord, state: str,
         secrets=secret_values(os.environ),
         follow=config.track.follow,
     )
-    recorder.tags({"run.state": state})
+    recorder.tags({"run.state": state, "run.reason": reason, "run.states": life.story()})
     diff = working_diff()
     if diff:
         recorder.text("git.diff", diff)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from orchestrator.launch.board import Progress
+from orchestrator.launch.board import News, Progress
 
 
 class ProgressLine:
@@ -17,12 +17,13 @@ class ProgressLine:
         self._width = 0
         self._epoch = -1
 
-    def __call__(self, progress: Progress | None, notes: list[str]) -> None:
+    def __call__(self, news: News) -> None:
         """Shows the latest progress; called about twice a second."""
-        for note in notes:
+        for note in news.notes:
             self._print(note)
-        if progress is None:
+        if news.progress is None:
             return
+        progress = news.progress
         text = describe(progress)
         if self._live:
             self._out.write("\r" + text.ljust(self._width))

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayError
+from ray.train.v2._internal.execution.context import get_train_context
 
 from itpn_core.errors import UserError
+from orchestrator.checkpoint.runlog import FencedError
 from orchestrator.config.tree import JobConfig
-from orchestrator.data.errors import DataError, StorageGoneError
+from orchestrator.data.errors import DataError, DataGoneError, StorageGoneError
 from orchestrator.data.folder import Folder
-from orchestrator.launch.board import BoardClient, Progress
-from orchestrator.launch.cli import EXIT_FAILED, EXIT_STORAGE
+from orchestrator.launch.board import Admission, BoardClient, Progress
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_STORAGE
+from orchestrator.launch.failure import Complaint, last_line
 from orchestrator.launch.metrics import TrainingMetrics
 from orchestrator.launch.place import local_directory
+from orchestrator.train.context import PREEMPTED
 from orchestrator.train.loop import train
+
+_BOARD_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,8 @@ class Assignment:
     """Handle of the noticeboard actor."""
     facts: dict[str, str]
     """What only the driver knows (git commit, recipe text …), for the run's tags."""
+    term: int = 0
+    """Fencing number of the driver; 0 when it holds no lease."""
 
 
 class RayContext:
@@ -48,9 +59,11 @@ class RayContext:
         self.directory = local_directory(self.folder, assignment.run_uid)
         self.run_uid = assignment.run_uid
         self.attempt = assignment.attempt
+        self.term = assignment.term
         self.facts = {**assignment.facts, "world_size": str(self.world)}
         self._board = BoardClient(assignment.board) if self.rank == 0 else None
         self._metrics = TrainingMetrics(assignment.config.run.name) if self.rank == 0 else None
+        self._told = False
 
     def progress(
         self, stage: str, *, step: int = 0, total: int = 0, epoch: int = 0, loss: float = 0.0, speed: float = 0.0,
@@ -58,6 +71,9 @@ class RayContext:
     ) -> None:  # fmt: skip
         """As `RunContext.progress`."""
         if self._board:
+            if not self._told:
+                self._told = True
+                self._board.state("resumed" if step else "running", f"step {step}, {self.world} workers")
             self._board.post(Progress(stage, step, total, epoch, loss, speed, seconds_per_step))
 
     def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
@@ -71,8 +87,8 @@ class RayContext:
             self._board.note(text)
 
     def stop_reason(self) -> str:
-        """As `RunContext.stop_reason`."""
-        return self._board.stop_reason if self._board else ""
+        """As `RunContext.stop_reason`; a notice that a node will be taken away is a reason too."""
+        return self._board.stop_reason or preemption_notice() if self._board else ""
 
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """As `RunContext.report`: Ray Train gets numbers; the checkpoint itself is our own store's."""
@@ -92,18 +108,64 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     assignment: Assignment = loop_config["assignment"]
     threads = assignment.config.train.threads or _granted_cpus()
     torch.set_num_threads(threads)
+    admission = _ask(assignment.board.admit.remote()) or Admission()
+    if admission.refusal:
+        return {"refused": admission.refusal, "exit": admission.exit_code}
+    time.sleep(admission.wait_s)
     run = RayContext(assignment)
     try:
         return {"outcome": asdict(train(assignment.config, run))}
-    except DataError:
-        raise  # may be one rank's storage trouble, which a restart can cure
+    except DataGoneError as error:
+        # One rank's trouble: it ends the group by failing, and groups after it by what it leaves on the board.
+        _ask(assignment.board.refuse.remote(str(error), EXIT_STORAGE))
+        _complain(assignment.board, run.rank, error)
+        raise
     except StorageGoneError as error:
         return {"refused": str(error), "exit": EXIT_STORAGE}
+    except FencedError as error:
+        return {"refused": str(error), "exit": EXIT_HELD}
+    except DataError as error:
+        _complain(assignment.board, run.rank, error)
+        raise  # may be one rank's storage trouble, which a restart can cure
     except UserError as error:
         # Every rank finds the same mistake, and a restart would find it again: say it instead of retrying.
         return {"refused": str(error), "exit": EXIT_FAILED}
+    except Exception as error:
+        _complain(assignment.board, run.rank, error)
+        raise
     finally:
         run.close()
+
+
+def preemption_notice() -> str:
+    """A notice that a node of this group will be taken away; "" without one.
+
+    `ray.train.get_preemption_info` hands out rank 0's copy of the notice after a barrier of all ranks, at every call.
+    Here rank 0 looks at that copy itself, and the other ranks learn of it as of every stop request.
+    """
+    info = get_train_context().preemption_context.preemption_info
+    if info is None:
+        return ""
+    until = ""
+    if info.deadline_ms:
+        until = time.strftime(" until %H:%M:%S UTC", time.gmtime(info.deadline_ms / 1000))
+    ranks = ", ".join(map(str, info.preempted_ranks))
+    return f"{PREEMPTED}: the node of rank {ranks} is there only{until or ' a little longer'}"
+
+
+def _complain(board: Any, rank: int, error: BaseException) -> None:
+    """Tells the board before anybody else can fail because of this rank."""
+    text = last_line(str(error)) or type(error).__name__
+    words = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    _ask(board.complain.remote(Complaint(rank, socket.gethostname(), words)))
+
+
+def _ask(reference: Any) -> Any:
+    """The board's answer; None when it cannot be reached, for the run does not depend on it."""
+    try:
+        return ray.get(reference, timeout=_BOARD_S)
+    except RayError:
+        return None
 
 
 def _granted_cpus() -> int:

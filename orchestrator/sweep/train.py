@@ -27,8 +27,9 @@ from orchestrator.evaluate.subject import flops_of
 from orchestrator.launch.board import open_board
 from orchestrator.launch.check import check
 from orchestrator.launch.cluster import Resources, ready_for_train
-from orchestrator.launch.pretrain import make_trainer, root_cause
+from orchestrator.launch.failure import root_cause
 from orchestrator.launch.record import KEY, RunRecord, open_record
+from orchestrator.launch.trainer import make_trainer
 from orchestrator.sweep.config import SweepConfig
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import End, TrialJournal, trial_uid
@@ -143,7 +144,7 @@ def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End:
     record.save(run_folder)
     reduction = plain.model.migration, plain.model.gathering
     gflops = flops_of(plain.model, plain.model.img_size, reduction) / 1e9
-    board = open_board()
+    board = open_board(plain.cluster.max_failures)
     callback = Rungs(folder.uri, plain.data.store, trial.number, config.sweep, gflops, board)
     outcome = _fit(plain, run_folder, record, board, callback)
     curve = TrialJournal(folder).curve(trial.number)

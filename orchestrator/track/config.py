@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import urllib.parse
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from itpn_core.errors import ConfigError
+
+_KNOCK_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,19 @@ def resolve(config: TrackConfig, runs: Path, environment_uri: str = "") -> Track
             f"Write sqlite:///{path.resolve()}",
         )  # fmt: skip
     return replace(config, uri=uri)
+
+
+def why_away(config: TrackConfig) -> str:
+    """Why nobody can be reached where the MLflow server should be; "" when somebody listens, or there is no server."""
+    parts = urllib.parse.urlsplit(config.uri)
+    if parts.scheme not in ("http", "https") or not config.follow:
+        return ""
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname or "", port), timeout=_KNOCK_S).close()
+    except (OSError, ValueError) as error:
+        return f"{parts.scheme}://{parts.hostname}: {error}"
+    return ""
 
 
 def sqlite_path(uri: str) -> Path | None:

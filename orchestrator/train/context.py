@@ -9,6 +9,9 @@ import torch
 
 from orchestrator.data.folder import Folder
 
+PREEMPTED = "preempted"
+"""A stop reason that begins with it is no person's wish: the run goes on elsewhere."""
+
 
 class RunContext(Protocol):
     """One rank's surroundings. Ray Train provides one; tests run the engine under their own."""
@@ -22,6 +25,8 @@ class RunContext(Protocol):
     """Local directory of the run on this host: journal, figures, exported weights."""
     run_uid: str
     attempt: int
+    term: int
+    """Fencing number of the driver that owns the run; 0 when none does."""
     facts: dict[str, str]
     """What the launcher knows about code, recipe and cluster; becomes tags."""
 

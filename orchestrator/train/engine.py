@@ -19,7 +19,7 @@ from orchestrator.data.quarantine import Damage
 from orchestrator.data.views import train_view
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
-from orchestrator.train.context import RunContext
+from orchestrator.train.context import PREEMPTED, RunContext
 from orchestrator.train.goodput import Goodput
 from orchestrator.train.hosts import find_hosts
 from orchestrator.train.kind import open_kind
@@ -34,6 +34,8 @@ from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
 
 log = logging.getLogger(__name__)
+_READ_S = 60.0
+"""What the last try to read may take after the time to give up has come."""
 
 
 class Engine:
@@ -44,7 +46,9 @@ class Engine:
         self.run = run
         self.goodput = Goodput(run)
         self.goodput.watch.enter("restart")  # until `restore` is done
-        self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch)
+        remote = "://" in config.data.source
+        patience_s = config.data.store.give_up_s + _READ_S if remote else 0.0
+        self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch, patience_s=patience_s)
         self._exit = ExitStack()
         manifest = Manifest.load(config.data.source, config.data.store)
         self.train_split = manifest.split(config.data.train_split)
@@ -57,8 +61,9 @@ class Engine:
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(
-            run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run)
-        )
+            run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run),
+            run.term,
+        )  # fmt: skip
         self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
@@ -194,20 +199,21 @@ class Engine:
             UserError: the guard's budget of refused steps is spent.
             CollapseError: the features have lost their spread.
             StorageGoneError: no checkpoint could be committed for too long.
+            FencedError: another driver has the run.
         """
         assert self.window is not None  # noqa: S101 -- window_due() said so
         leads = self.run.rank == 0
         reason = self.run.stop_reason() if leads else ""
-        overdue = self.saver.overdue() if leads else ""
+        ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
         with self.goodput.span("compute"):
-            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), bool(overdue)]
+            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), ended is not None]
             reading = self.window.read(flags, self.goodput.sums())
             self.goodput.take(reading.sums, self.state.step)
             self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics())
         stop, save, collapsed, gone = reading.flags
         if gone:
-            raise StorageGoneError(overdue or "rank 0 could not commit a checkpoint for too long")
+            raise ended or StorageGoneError("rank 0 may not or cannot commit checkpoints; its own message says why")
         if collapsed:
             raise CollapseError(self.monitor.collapse or "rank 0 found that the features have collapsed")
         return (reason or "stop requested") if stop else "", save
@@ -304,7 +310,7 @@ class Engine:
     def stopped(self, reason: str) -> Outcome:
         """Ends early, after the checkpoint is on storage."""
         self._settle(stopping=True)
-        self.records.state("stopped", reason)
+        self.records.state(PREEMPTED if reason.startswith(PREEMPTED) else "stopped", reason)
         return self._outcome(reason)
 
     def finish(self) -> Outcome:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from itpn_core.errors import UserError
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.checkpoint.store import CheckpointStore, Snapshot
 from orchestrator.config.identity import fingerprint, result_fields
@@ -22,11 +23,15 @@ Take = Callable[[], tuple[Snapshot, Callable[[], None]]]
 def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
     """The newest whole checkpoint by rank 0's judgement, loaded on every rank; None for a fresh run.
 
-    Each rank judging for itself could start from another step when a read fails in one place only.
+    Each rank judging for itself could start from another step when a read fails in one place only. Before rank 0 looks,
+    the groups before this one lose the right to commit: none of them can add a newer checkpoint afterwards.
 
     Raises:
         CheckpointError: another rank cannot read what rank 0 could.
+        FencedError: the driver that started this group does not own the run any more.
     """
+    if run.rank == 0:
+        store.writer.begin()
     snapshot = store.load_newest() if run.rank == 0 else None
     for line in store.passed_over:
         run.note(f"warning: {line}")
@@ -120,13 +125,15 @@ class Saver:
         self._store.save(*take())
         self.blocked_seconds.append(time.perf_counter() - began)
 
-    def overdue(self) -> str:
-        """What to tell when no save has succeeded for longer than allowed; "" while all is well."""
+    def ended(self) -> UserError | None:
+        """Why the run must end: another driver has it, or no save has succeeded for longer than allowed."""
         self._watch()
+        if self._store.writer.lost is not None:
+            return self._store.writer.lost
         age = self._clock() - self._committed_at
         if self._store.failure is None or age <= self._config.max_age_s:
-            return ""
-        return self._gone(age, f"checkpoint.max_age_s={self._config.max_age_s:g}")
+            return None
+        return StorageGoneError(self._gone(age, f"checkpoint.max_age_s={self._config.max_age_s:g}"))
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the saves so far; empty before the first."""
@@ -149,6 +156,7 @@ class Saver:
 
         Raises:
             StorageGoneError: storage did not take it in time.
+            FencedError: another driver has the run.
         """
         key = "stop_deadline_s" if stopping else "max_age_s"
         limit = float(getattr(self._config, key))
@@ -159,6 +167,8 @@ class Saver:
             self._watch()
             if done and self._store.last_committed == step:
                 return
+            if self._store.writer.lost is not None:
+                raise self._store.writer.lost
             left = limit - (self._clock() - began)
             if left <= 0:
                 raise StorageGoneError(self._gone(self._clock() - self._committed_at, f"checkpoint.{key}={limit:g}"))

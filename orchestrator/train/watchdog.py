@@ -51,11 +51,18 @@ class Watchdog:
         run: surroundings of this rank.
         watch: the stopwatch whose spans are the signs of life.
         end: ends the process with an exit code.
+        patience_s: how long some rank may wait for its data while the others wait for it.
     """
 
     def __init__(
-        self, config: GuardConfig, run: RunContext, watch: Stopwatch, end: Callable[[int], object] = os._exit
+        self,
+        config: GuardConfig,
+        run: RunContext,
+        watch: Stopwatch,
+        end: Callable[[int], object] = os._exit,
+        patience_s: float = 0.0,
     ) -> None:
+        self._patience_s = patience_s
         self.position = Position()
         self._config = config
         self._run = run
@@ -109,7 +116,7 @@ class Watchdog:
         if phase in ("restart", "checkpoint", ""):
             return config.restore_s
         median = statistics.median(self._durations) if self._durations else 0.0
-        return max(own.get(phase, 0.0), config.hang_s, 10 * median)
+        return max(own.get(phase, 0.0), config.hang_s, 10 * median, self._patience_s)
 
     def close(self) -> None:
         """Stops watching."""

@@ -15,7 +15,7 @@ from orchestrator.config.load import load
 from orchestrator.config.tree import FinetuneConfig, PretrainConfig, SweepJobConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
-from orchestrator.launch.pretrain import pretrain
+from orchestrator.launch.run import run_training
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
@@ -125,7 +125,7 @@ def test_recipes_build_on_the_meta_device(recipe):
 def test_recipes_pass_print_config(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ITPN_HOME", str(tmp_path))
     schema = schema_of(recipe)
-    assert run_job(schema, "", str(recipe), pretrain, resolve, ["--print-config"]) == 0
+    assert run_job(schema, "", str(recipe), run_training, resolve, ["--print-config"]) == 0
     again = tmp_path / "again.yaml"
     again.write_text(capsys.readouterr().out)
     assert load(schema, again, []) == resolve(load(schema, recipe, []))

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from orchestrator.config.tree import FinetuneConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
-from orchestrator.launch.pretrain import pretrain
+from orchestrator.launch.run import run_training
 from tests.support import TINY, TINY_CLASSIFIER, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def test_mistakes_end_with_one_message_and_exit_code_2(home, words, expected, mo
     monkeypatch.setenv("ITPN_HOME", str(home))
     arguments = [*TINY_CLASSIFIER, "cluster.workers=2", *words]
     short = {"--init": "init.checkpoint"}
-    code = run_job(FinetuneConfig, "", RECIPE, pretrain, resolve, arguments, short)
+    code = run_job(FinetuneConfig, "", RECIPE, run_training, resolve, arguments, short)
     shown = capsys.readouterr()
     assert code == 2, shown
     assert shown.err.startswith("error: ")

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
-from orchestrator.launch.pretrain import pretrain
+from orchestrator.launch.run import run_training
 from tests.support import TINY, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +148,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(home):
 )
 def test_mistakes_end_with_one_message_and_exit_code_2(home, words, expected, monkeypatch, capsys):
     monkeypatch.setenv("ITPN_HOME", str(home))
-    code = run_job(PretrainConfig, "", FIRST_RUN, pretrain, resolve, [*TINY, "cluster.workers=2", *words])
+    code = run_job(PretrainConfig, "", FIRST_RUN, run_training, resolve, [*TINY, "cluster.workers=2", *words])
     shown = capsys.readouterr()
     assert code == 2, shown
     assert shown.err.startswith("error: ")

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image
 from jobs.index_shards import main as index_main
 from jobs.make_shards import main as make_main
 from orchestrator.data.config import CacheConfig, DataConfig
-from orchestrator.data.errors import DataError, StoreError
+from orchestrator.data.errors import DataError, DataGoneError, StoreError
 from orchestrator.data.loader import open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
@@ -209,7 +210,7 @@ def test_real_store_killed_in_the_middle_is_loud(photos, tmp_path):
     try:
         server.wait()
         assert make_main([str(photos), "s3://data/set", "--endpoint", server.endpoint, "--shard-samples", "5"]) == 0
-        store = StoreConfig(endpoint=server.endpoint, retries=2, retry_seconds=4.0)
+        store = StoreConfig(endpoint=server.endpoint, retries=2, retry_seconds=4.0, give_up_s=3.0)
         config = DataConfig(source="s3://data/set", store=store, streams=1, run=5, block_runs=1, prefetch=1)
         split = Manifest.load("s3://data/set", store).split("train")
         with open_loader(
@@ -217,7 +218,23 @@ def test_real_store_killed_in_the_middle_is_loud(photos, tmp_path):
         ) as loader:
             next(loader)
             server.stop()
-            with pytest.raises(StoreError, match="cannot be reached"):
+            with pytest.raises(DataGoneError, match="cannot be reached"):
                 list(loader)
     finally:
         server.stop()
+
+
+@pytest.mark.long
+def test_credentials_that_expire_in_the_middle_are_read_again(weed, photos, monkeypatch):
+    assert make_main([str(photos), "s3://data/rotating", "--endpoint", weed.endpoint, "--shard-samples", "5"]) == 0
+    store = StoreConfig(endpoint=weed.endpoint, give_up_s=120.0)
+    config = DataConfig(source="s3://data/rotating", store=store, streams=1, run=5, block_runs=1, prefetch=1)
+    split = Manifest.load("s3://data/rotating", store).split("train")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "expired")
+    with open_loader(
+        config, split, seed=0, epoch=0, first_batch=0, global_batch=2, rank=0, world=1, view=TrainView(16)
+    ) as loader:
+        threading.Timer(3.0, os.environ.update, [KEYS]).start()
+        batches = list(loader)
+    assert len(batches) == split.samples // 2
+    assert loader.counters.retries > 0

@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,15 @@ from PIL import Image
 
 from orchestrator.data.cache import DiskCache
 from orchestrator.data.config import CacheConfig, DataConfig
-from orchestrator.data.errors import ChangedError, DataError, NotFoundError, QuarantineError, ShortReadError, StoreError
+from orchestrator.data.errors import (
+    ChangedError,
+    DataError,
+    DataGoneError,
+    NotFoundError,
+    QuarantineError,
+    ShortReadError,
+    StoreError,
+)
 from orchestrator.data.loader import open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
@@ -24,7 +35,9 @@ from orchestrator.data.store import StoreConfig, open_store
 from orchestrator.data.views import TrainView
 from tests.faults.fault_server import Fault, FaultServer
 
-QUICK = StoreConfig(connect_seconds=1.0, read_seconds=0.4, request_seconds=5.0, retries=3, retry_seconds=5.0)
+QUICK = StoreConfig(
+    connect_seconds=1.0, read_seconds=0.4, request_seconds=5.0, retries=3, retry_seconds=5.0, give_up_s=0.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +88,8 @@ def test_store(root, kind, once, always, times):
             assert "\n" not in str(caught.value)
 
 
-def load(server, **changes):
-    config = DataConfig(source=server.uri, store=QUICK, streams=2, run=10, block_runs=2, last_batch="short", **changes)
+def load(server, store=QUICK, **changes):
+    config = DataConfig(source=server.uri, store=store, streams=2, run=10, block_runs=2, last_batch="short", **changes)
     split = Manifest.load(server.uri, QUICK).split("train")
     with open_loader(
         config, split, seed=0, epoch=0, first_batch=0, global_batch=8, rank=0, world=1, view=TrainView(16)
@@ -107,8 +120,52 @@ def test_loader_gets_over_a_fault_that_passes(root, kind):
 def test_loader_stops_when_the_store_is_gone(root, kind):
     with FaultServer(root) as server:
         server.fault = Fault(kind, 10_000)
-        with pytest.raises(StoreError, match=r"train-00000\d\.tar, offset \d+: "):
+        with pytest.raises(DataGoneError, match=r"train-00000\d\.tar, offset \d+: "):
             load(server, quarantine_budget=60)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_waits_for_a_store_that_refuses_and_answers_again(root, workers):
+    """Refused access is not tried again by the client; we do, with a new client, within data.store.give_up_s."""
+    with FaultServer(root) as server:
+        clean, _, _ = load(server)
+        server.fault = Fault("403", 3)
+        again, valid, counters = load(server, replace(QUICK, give_up_s=600.0), workers=workers)
+    assert again == clean
+    assert valid.all()
+    assert counters.retries > 0
+
+
+def test_loader_gives_up_in_the_end(root):
+    with FaultServer(root) as server:
+        server.fault = Fault("403", 100_000)
+        began = time.monotonic()
+        with pytest.raises(DataGoneError, match=r"could not be read for 1 s \(data.store.give_up_s\).*access refused"):
+            load(server, replace(QUICK, give_up_s=1.0))
+        assert time.monotonic() - began >= 1.0
+
+
+def test_closing_does_not_wait_for_a_store_that_is_away(root):
+    config = DataConfig(
+        source="",
+        store=replace(QUICK, give_up_s=600.0),
+        streams=2,
+        run=10,
+        block_runs=2,
+        last_batch="short",
+        prefetch=1,
+    )
+    with FaultServer(root) as server:
+        split = Manifest.load(server.uri, QUICK).split("train")
+        loader = open_loader(
+            config, split, seed=0, epoch=0, first_batch=0, global_batch=8, rank=0, world=1, view=TrainView(16)
+        )
+        next(loader)
+        server.fault = Fault("403", 100_000)
+        closer = threading.Thread(target=loader.close)
+        closer.start()
+        closer.join(60)
+        assert not closer.is_alive()
 
 
 @pytest.mark.parametrize("kind", ["zeros", "lying_range", "short_range", "no_length", "ignore_range", "changed", "404"])

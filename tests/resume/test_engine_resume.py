@@ -69,7 +69,7 @@ def test_damaged_checkpoint_is_passed_over(data, uninterrupted, tmp_path, caplog
     store = CheckpointStore(LocalRun(config).folder, keep=3)
     assert store.steps() == [4, 8]
     newest = LocalRun(config).directory / "checkpoints" / "step-00000008"
-    with (newest / TENSORS).open("r+b") as file:
+    with next(newest.glob(f"*{TENSORS}")).open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="1000 bytes"):
         store.load(8)

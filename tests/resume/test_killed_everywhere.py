@@ -43,10 +43,10 @@ def arm(owner, name, reached):
     """Puts a SIGKILL of this very process in front of a method."""
     real = getattr(owner, name)
 
-    def wrapped(self, *args):
+    def wrapped(self, *args, **options):
         if reached(self, *args):
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *args)
+        return real(self, *args, **options)
 
     setattr(owner, name, wrapped)
 

@@ -9,7 +9,7 @@ from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.folder import Folder, StorageError
-from orchestrator.launch.board import Progress
+from orchestrator.launch.board import News, Progress
 from orchestrator.launch.home import resolve
 from orchestrator.launch.record import RunRecord, open_record
 from orchestrator.launch.show import ProgressLine, describe, duration, table
@@ -82,8 +82,8 @@ def test_progress_is_quiet_when_not_a_terminal():
     out = io.StringIO()
     line = ProgressLine(out)
     for _ in range(5):
-        line(PROGRESS, [])
-    line(PROGRESS, ["resumed"])
+        line(News(PROGRESS))
+    line(News(PROGRESS, ["resumed"]))
     line.close()
     assert out.getvalue().splitlines() == [describe(PROGRESS), "resumed"]
 
@@ -95,8 +95,8 @@ def test_progress_rewrites_one_line_on_a_terminal():
 
     out = Terminal()
     line = ProgressLine(out)
-    line(PROGRESS, [])
-    line(PROGRESS, ["a note"])
+    line(News(PROGRESS))
+    line(News(PROGRESS, ["a note"]))
     line.close()
     assert out.getvalue().count("\n") == 2
     assert "\ra note" in out.getvalue().replace(" ", "").replace("anote", "a note")

@@ -1,0 +1,272 @@
+"""The driver of a training run: checks first, then the lease, then Ray Train, then the end table."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from itpn_core.errors import UserError
+from orchestrator.checkpoint.runlog import FencedError
+from orchestrator.config.identity import fingerprint, result_fields
+from orchestrator.config.tree import JobConfig
+from orchestrator.data.folder import Folder, StorageError
+from orchestrator.launch.board import Admission, News, open_board, watch
+from orchestrator.launch.check import Checked, check
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_OK, EXIT_STORAGE
+from orchestrator.launch.cluster import Resources, connected, request
+from orchestrator.launch.failure import root_cause
+from orchestrator.launch.finish import end_table, record_end
+from orchestrator.launch.lease import HeldError, Lease
+from orchestrator.launch.nodes import check_nodes
+from orchestrator.launch.record import KEY, Lifecycle, open_record
+from orchestrator.launch.show import ProgressLine, duration
+from orchestrator.launch.trainer import make_trainer
+from orchestrator.track.environment import driver_facts
+from orchestrator.train.context import PREEMPTED
+from orchestrator.train.hangs import untold
+
+
+class EndError(StorageError):
+    """The training came to its end, and storage does not take the news."""
+
+
+def run_training(config: JobConfig, recipe: str) -> int:
+    """Runs one training; returns the exit code (docs/operations.md lists them)."""
+    checked = check(config)
+    fields = {**result_fields(config, checked.manifest.fingerprint), **checked.inputs}
+    name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
+    config = replace(config, run=replace(config.run, name=name))
+    folder = Folder(f"{config.run.storage}/{name}", config.data.store)
+    record = open_record(folder, fields, name)
+    if record.finished:
+        print(f"run {name} is finished already; nothing to do. A new run needs another run.name or other settings.")
+        print(end_table(config, folder, record.summary))
+        return EXIT_OK
+    try:
+        with Lease(folder, config.run.lease_s) as lease:
+            # Read again: until now another driver may have written it.
+            record = open_record(folder, fields, name).next_attempt()
+            return _Attempt(config, recipe, checked, folder, Lifecycle(folder, record, lease), lease).run()
+    except (HeldError, FencedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_HELD
+    except EndError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_STORAGE
+
+
+class _Attempt:
+    """One start of the run by the driver that owns it.
+
+    Args:
+        config: resolved configuration with the run's name.
+        recipe: name of the recipe.
+        checked: what the checks found.
+        folder: the run's.
+        life: the run's record, with this attempt counted.
+        lease: what makes the run ours.
+    """
+
+    def __init__(
+        self, config: JobConfig, recipe: str, checked: Checked, folder: Folder, life: Lifecycle, lease: Lease
+    ) -> None:
+        self._config, self._folder, self._life, self._lease = config, folder, life, lease
+        self._manifest = checked.manifest.fingerprint
+        self._facts = {"recipe": recipe, **driver_facts()}
+        self._started = time.monotonic()
+        self._part = 0
+
+    def run(self) -> int:
+        """Trains to the end, or to what ends it; returns the exit code.
+
+        Raises:
+            FencedError: another driver has the run now.
+        """
+        self._life.enter("starting")
+        attempts = self._life.record.attempts
+        start = "start" if attempts == 1 else f"attempt {attempts}"
+        print(f"run {self._config.run.name} ({start})  in {self._folder.uri}")
+        if self._lease.taken_from:
+            print(self._lease.taken_from)
+        try:
+            with connected(self._config.cluster):
+                resources = request(self._config.cluster)
+                check_nodes(self._config, resources, self._folder, KEY, self._manifest)
+                self._announce(resources)
+                returned, cause = self._train(resources)
+        except UserError as error:
+            self._life.note("failed", str(error))
+            raise
+        with contextlib.suppress(StorageError):  # when storage is away, nobody else can have taken the run
+            self._lease.check()
+        if "refused" in returned:
+            return self._refused(returned["refused"], int(returned["exit"]))
+        return self._ended(returned["outcome"]) if returned else self._failed(*cause)
+
+    def _announce(self, resources: Resources) -> None:
+        low = f"{resources.min_workers} to " if resources.min_workers < resources.workers else ""
+        ready = duration(time.monotonic() - self._started)
+        print(f"{low}{resources.workers} workers x {resources.bundle}; Ray is up after {ready}")
+
+    def _train(self, resources: Resources) -> tuple[dict[str, Any], tuple[str, str]]:
+        """Runs worker groups until the run ends for another reason than a node that is taken away.
+
+        Returns:
+            (what rank 0 returned, or nothing when the run failed; first failure and the whole of it).
+        """
+        while True:
+            board = open_board(self._config.cluster.max_failures)
+            returned, error = self._fit(resources, board)
+            if error is not None:
+                first, verdict = _last_words(board)
+                if verdict.refusal:
+                    return {"refused": verdict.refusal, "exit": verdict.exit_code}, ("", "")
+                return {}, (first or root_cause(error), str(error))
+            reason = str(returned.get("outcome", {}).get("stopped", ""))
+            if not reason.startswith(PREEMPTED):
+                return returned, ("", "")
+            print(
+                f"{reason}; a checkpoint is saved (step {returned['outcome']['step']}), and the run goes on elsewhere"
+            )
+            self._life.note("preempted", reason)
+
+    def _fit(self, resources: Resources, board: Any) -> tuple[dict[str, Any], TrainingFailedError | None]:
+        self._part += 1
+        trainer = make_trainer(
+            self._config, resources, self._folder, self._life.record, self._facts, board,
+            term=self._lease.number, part=self._part,
+        )  # fmt: skip
+        with self._shown(board), _stop_signals(board):
+            try:
+                return _beside(lambda: trainer.fit().return_value, lambda: self._stop_when_lost(board)), None
+            except TrainingFailedError as error:
+                return {}, error
+
+    def _stop_when_lost(self, board: Any) -> None:
+        if self._lease.lost is not None:
+            board.stop.remote("the lease has passed on")
+
+    @contextlib.contextmanager
+    def _shown(self, board: Any) -> Iterator[None]:
+        line, done = ProgressLine(), threading.Event()
+
+        def show(news: News) -> None:
+            line(news)
+            for state, reason in news.states:
+                self._life.note(state, reason)
+
+        thread = threading.Thread(target=watch, args=(board, show, done), name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(timeout=15)
+            line.close()
+
+    def _refused(self, reason: str, code: int) -> int:
+        print(f"error: {reason}", file=sys.stderr)
+        if code != EXIT_HELD:  # else the run is another's by now, and so is its record
+            self._end("failed", reason)
+        return code
+
+    def _failed(self, first: str, everything: str) -> int:
+        key = f"failures/attempt-{self._life.record.attempts:04d}.txt"
+        where = f"(all of it: {self._folder.uri}/{key})"
+        try:
+            for text in untold(self._folder):
+                print(text, file=sys.stderr)  # a hang of rank 0 that no later attempt could tell of
+            self._folder.put(key, f"{first}\n\n{everything}".encode())
+        except StorageError as error:
+            where = f"{everything}\n(it is not kept: {error})"
+        print(f"error: the run failed: {first}\n{where}", file=sys.stderr)
+        print("Type the same command again to resume from the last checkpoint.", file=sys.stderr)
+        self._end("failed", first)
+        return EXIT_FAILED
+
+    def _ended(self, outcome: dict[str, Any]) -> int:
+        if outcome["stopped"]:
+            self._end("stopped", outcome["stopped"])
+            print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume.")
+            return EXIT_OK
+        self._end("finished", "", finished=True, summary=outcome)
+        print(end_table(self._config, self._folder, outcome))
+        return EXIT_OK
+
+    def _end(self, state: str, reason: str, **changes: Any) -> None:
+        if state == "finished":
+            self._enter_or_tell(state, **changes)
+        else:
+            self._life.note(state, reason)
+        record_end(self._config, self._folder, self._life, state, reason)
+
+    def _enter_or_tell(self, state: str, **changes: Any) -> None:
+        try:
+            self._life.enter(state, **changes)
+        except StorageError as error:
+            raise EndError(
+                f"the training is done, but the run's record was not written ({error}). Type the same command again "
+                "once storage answers: the last checkpoint is the end of the run"
+            ) from error
+
+
+def _last_words(board: Any) -> tuple[str, Admission]:
+    """The first failure and the verdict; nothing when the board went down with its node."""
+    try:
+        found: tuple[str, Admission] = ray.get(board.end.remote(), timeout=10)
+    except RayError:
+        return "", Admission()
+    return found
+
+
+def _beside(call: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
+    """Runs `call` on another thread, waits for it, and does something twice a second meanwhile.
+
+    In the main thread Ray Train would put its own handler in the place of ours, which ends a run without a checkpoint.
+    """
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:  # handed to the waiting thread, which raises it
+            done.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    while not done.done():
+        wait([done], timeout=0.5)  # a wait without end would not let signal handlers run
+        meanwhile()
+    return done.result()
+
+
+@contextlib.contextmanager
+def _stop_signals(board: Any) -> Iterator[None]:
+    """First Ctrl-C or SIGTERM: save and end. Second: end at once."""
+    seen: list[int] = []
+
+    def handle(number: int, _frame: object) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+        name = signal.Signals(number).name
+        print(f"\n{name}: saving a checkpoint and stopping; once more to stop at once", file=sys.stderr, flush=True)
+        # A signal handler must not wait, and the board's reply is not needed.
+        board.stop.remote(name)
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

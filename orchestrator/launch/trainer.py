@@ -1,0 +1,84 @@
+"""One Ray Train run: the resources, the retries and the callbacks of a worker group."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestrator.config.tree import JobConfig
+from orchestrator.data.folder import Folder
+from orchestrator.launch.cluster import Resources
+from orchestrator.launch.place import local_directory
+from orchestrator.launch.record import RunRecord
+from orchestrator.launch.worker import Assignment, train_worker
+
+
+class _Failures(UserCallback):  # type: ignore[misc]
+    """Tells the board which ranks have failed. Lives in Ray Train's controller.
+
+    Args:
+        board: the noticeboard.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
+        """As Ray Train calls it."""
+        with contextlib.suppress(RayError):  # a driver that is gone has no use for it
+            errors = {rank: str(error) or type(error).__name__ for rank, error in worker_exceptions.items()}
+            ray.get(self._board.failed.remote(errors), timeout=10)
+
+
+def make_trainer(
+    config: JobConfig,
+    resources: Resources,
+    folder: Folder,
+    record: RunRecord,
+    facts: dict[str, str],
+    board: Any,
+    callbacks: Sequence[UserCallback] = (),
+    *,
+    term: int = 0,
+    part: int = 1,
+) -> TorchTrainer:
+    """The Ray Train run of one attempt.
+
+    Args:
+        config: resolved configuration.
+        resources: of each worker.
+        folder: the run's.
+        record: of the run, with this attempt counted.
+        facts: what only the driver knows, for the run's tags.
+        board: the noticeboard between driver and workers.
+        callbacks: told of every report, in Ray Train's controller.
+        term: fencing number of the driver; 0 when it holds no lease.
+        part: number of this Ray Train run within the attempt, from 1; a preempted one is followed by another.
+    """
+    assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts, term)
+    low, high = resources.min_workers, resources.workers
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=high if low == high else (low, high),
+            use_gpu=bool(resources.gpus),
+            resources_per_worker=resources.bundle,
+            elastic_resize_monitor_interval_s=config.cluster.resize_s,
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        run_config=RunConfig(
+            # Ray's own record of the start stays on the driver's host, where its controller runs: what is resumed from
+            # is our committed checkpoint on run storage, so Ray needs no storage that every host reaches.
+            name=f"ray-{record.attempts:04d}-{part:02d}",
+            storage_path=str(local_directory(folder, record.run_uid) / "ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            callbacks=[_Failures(board), *callbacks],
+        ),
+    )
