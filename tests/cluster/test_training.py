@@ -1,0 +1,169 @@
+"""A submitted run on several hosts: what it survives, how it stops, and what it trained on in the end."""
+
+import re
+import time
+
+import pytest
+
+from tests.cluster.cluster import RUNS, SHARDS, Cluster
+from tests.cluster.hosts import until
+from tests.cluster.lineage import check_lineage, groups
+from tests.support import TINY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+BATCH = 16
+PER_EPOCH = 45
+"""Steps: 720 training samples in batches of 16."""
+
+
+@pytest.fixture
+def whole(cluster):
+    """The cluster with every host on, joined and known to Ray, whatever the test before did to it."""
+    cluster.heal()
+    return cluster
+
+
+def records(cluster: Cluster, name: str) -> list[dict]:
+    return [cluster.json(key) for key in cluster.keys(f"recorded/{name}/")]
+
+
+def step_of(cluster: Cluster, name: str) -> int:
+    """The last step that a rank of the run has done, -1 before the first."""
+    return max((step["step"] for record in records(cluster, name) for step in record["steps"]), default=-1)
+
+
+def wait_for_step(cluster: Cluster, job, name: str, step: int) -> None:
+    until(lambda: step_of(cluster, name) >= step or not job.running, 180, f"{name} at step {step}", 0.3)
+    assert job.running, job.text
+
+
+def wait_for_group(cluster: Cluster, job, name: str, count: int) -> None:
+    """Waits until the run's worker group number `count` has done a step."""
+    until(lambda: len(groups(records(cluster, name))) >= count or not job.running, 240, f"{name}, group {count}", 0.5)
+    assert job.running, job.text
+
+
+def start(cluster: Cluster, name: str, *settings: str):
+    """A run of four epochs with a checkpoint per 40 steps; an epoch takes about 14 s."""
+    return cluster.pretrain(
+        name, "cluster.workers=2", "train.epochs=4", "checkpoint.every_steps=40", "checkpoint.every_epochs=0",
+        *settings, pace_s=0.3,
+    )  # fmt: skip
+
+
+def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
+    """Two of three hosts are killed in mid-epoch, one after the other; the first is back before the second dies."""
+    job = start(whole, "killed")
+    wait_for_step(whole, job, "killed", 70)
+    first = whole.hosts_in_use()[0]
+    assert len(whole.hosts_in_use()) == 2
+    first.kill()
+    wait_for_group(whole, job, "killed", 2)
+    assert first not in whole.hosts_in_use()
+    whole.restart(first)
+    until(lambda: first.address in whole.nodes(), 90, "the host is back in the cluster", 1)
+    wait_for_step(whole, job, "killed", 110)
+    second = whole.hosts_in_use()[0]
+    second.kill()
+    assert job.wait(400) == 0, job.text
+
+    found = groups(records(whole, "killed"))
+    assert [group.first for group in found] == [0, 40, 80], "each group begins where the last checkpoint was committed"
+    assert first.name in found[0].hosts
+    assert first.name not in found[1].hosts
+    assert first.name in found[2].hosts, "the host that came back is used again"
+    redone = check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
+    assert redone >= 50  # steps 40 to 70 and 80 to 110
+    # The ledger's trace on storage is up to five seconds old when a host dies.
+    ledger = whole.json("runs/killed/ledger.json")["ledger"]
+    assert ledger["restarts"] == 2
+    assert 0 < ledger["redone_steps"] <= redone + 2
+    assert ledger["seconds"]["lost"] > 0
+    assert ledger["seconds"]["restart"] > 0
+    assert job.text.count("resumed from the checkpoint of step") == 2
+
+
+def test_a_host_that_the_network_no_longer_reaches_is_replaced(whole):
+    """Neither side is told of the cut: no connection is closed."""
+    job = start(whole, "cut")
+    wait_for_step(whole, job, "cut", 60)
+    host = whole.hosts_in_use()[0]
+    host.cut()
+    code = job.wait(500)
+    assert code == 0, job.text
+    found = groups(records(whole, "cut"))
+    assert len(found) == 2
+    assert host.name not in found[1].hosts
+    check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
+
+
+def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
+    job = start(whole, "stopped")
+    wait_for_step(whole, job, "stopped", 55)
+    asked = time.monotonic()
+    job.stop()
+    assert job.wait(60) == 0, job.text  # Ray's answer for a job that was stopped
+    took = time.monotonic() - asked
+    assert took < 60
+    stopped = int(re.search(r"stopped \(SIGTERM\) at step (\d+)", job.text)[1])
+    assert whole.committed("stopped") == stopped
+    assert stopped % 40, "the checkpoint is that of the stop, not an earlier one"
+
+    again = start(whole, "stopped")
+    assert again.wait(300) == 0, again.text
+    assert f"resumed from the checkpoint of step {stopped}" in again.text
+    assert check_lineage(groups(records(whole, "stopped")), total=4 * PER_EPOCH, batch=BATCH) == 0
+
+
+def test_with_a_wrong_token_no_job_starts(whole):
+    (whole.head.files / "run" / "wrong-token").write_text("f" * 32)
+    job = whole.pretrain("refused", token="/run/wrong-token")
+    assert job.wait(60) == 1
+    assert "token" in job.text.lower()
+    listed = whole.head.run(["ray", "job", "list", "--address", whole.dashboard], whole.environment(whole.head))
+    assert listed.returncode == 0
+    assert job.name not in listed.stdout
+    assert whole.keys("runs/refused/") == []
+
+
+def test_a_drained_host_loses_at_most_one_step(whole):
+    """What Kubernetes' preStop hook of a preemptible pool does: the node is drained with reason preemption."""
+    job = start(whole, "drained")
+    wait_for_step(whole, job, "drained", 60)
+    host = whole.hosts_in_use()[0]
+    whole.drain(host, deadline_s=60)
+    wait_for_group(whole, job, "drained", 2)
+    host.kill()
+    assert job.wait(300) == 0, job.text
+    found = groups(records(whole, "drained"))
+    assert host.name not in found[1].hosts
+    assert check_lineage(found, total=4 * PER_EPOCH, batch=BATCH) <= 1
+
+
+SPACE = """
+sweep:
+  space:
+    drops: {choices: [0, 1]}
+    model:
+      migration:
+        layers[0]: {choices: [0, 1], when: {drops: 1}}
+        keep[0]: {choices: [0.5, 0.75, 0.9], when: {drops: 1}}
+      gathering:
+        window: {choices: [0, 2, 4]}
+        tokens: {choices: [1, 4], when: {model.gathering.window: [2, 4]}, otherwise: 4}
+"""
+
+
+def test_six_trials_train_on_three_hosts_without_waiting_for_each_other(whole):
+    """Tune's trials and their training workers share three CPUs: a trial that held one would starve its own worker."""
+    (whole.head.files / "tmp" / "space.yaml").write_text(SPACE)
+    tiny = [word for word in TINY if not word.startswith(("eval", "track"))]
+    job = whole.submit(
+        "jobs/sweep.py", "--recipe", "/tmp/space.yaml", *tiny, "eval.bank=16", "eval.k=3", "eval.batch=8",
+        "eval.every_epochs=1", "eval.figure_images=0", "track.follow=false", "track.system_every_s=0",
+        f"data.source={SHARDS}", f"run.storage={RUNS}", "run.name=swept", "sweep.mode=train", "sweep.trials=6",
+        "sweep.objectives=[accuracy,gflops]", "cluster.workers=1",
+    )  # fmt: skip
+    assert job.wait(600) == 0, job.text
+    ends = [whole.json(key) for key in whole.keys("runs/swept/trials/") if key.endswith("/end.json")]
+    assert [end["state"] for end in ends] == ["finished"] * 6, [end["error"] for end in ends]
