@@ -15,6 +15,8 @@ from orchestrator.track.history import RunHistory
 _WIDTH, _HEIGHT, _PAD = 520, 190, 34
 _POINTS: Final = 400
 _COLOURS: Final = ("#1f6fb4", "#d1603d", "#3a8f5c", "#8a5fb0", "#b08a1e", "#5b6b7a")
+_ORDER: Final = ("train/loss", "eval/", "health/", "train/", "data/", "goodput/", "system/", "checkpoint/", "tracking/")
+_UNITS: Final = {"_percentage": "%", "_mb_per_s": "MB/s", "_mb": "MB"}
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b2733;max-width:1120px;margin:2rem auto;padding:0 1rem}
 h1{margin-bottom:.1rem}h2{margin-top:2.2rem;border-bottom:1px solid #dde3e8;padding-bottom:.2rem}
@@ -122,20 +124,39 @@ def _headline(history: RunHistory) -> str:
 
 
 def _groups(history: RunHistory) -> dict[str, list[str]]:
-    """Metrics that belong in one chart: those that differ only after the last slash of three or more parts."""
+    """Metrics that belong in one chart: those that differ only after the last slash of three or more parts.
+
+    The load of a host has several units, and so a chart for each.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(history.series):
-        if len(history.series[name]) > 1:
-            parts = name.split("/")
-            groups.setdefault("/".join(parts[:-1]) if len(parts) > 2 else name, []).append(name)
+        parts = name.split("/")
+        group = "/".join(parts[:-1]) if len(parts) > 2 else name
+        if group.startswith("system/"):
+            group += next((f" ({unit})" for end, unit in _UNITS.items() if name.endswith(end)), f"/{parts[-1]}")
+        if len(set(history.series[name].values())) > 1:
+            groups.setdefault(group, []).append(name)
     return groups
+
+
+def _place(group: str) -> tuple[int, str]:
+    """Where a chart stands: what was learnt first, then how the run went, then the machine."""
+    first = next((at for at, start in enumerate(_ORDER) if group.startswith(start)), len(_ORDER))
+    return first, group
 
 
 def _charts(history: RunHistory) -> str:
     groups = _groups(history)
-    order = sorted(groups, key=lambda group: (not group.startswith("train/loss"), not group.startswith("eval"), group))
-    charts = [_chart(group, {name: history.series[name] for name in groups[group]}) for group in order]
-    return f"<div class='charts'>{''.join(charts)}</div>" if charts else ""
+    charts = [
+        _chart(group, {name: history.series[name] for name in groups[group]}) for group in sorted(groups, key=_place)
+    ]
+    still = [
+        f"{name} {next(iter(points.values())):.4g}"
+        for name, points in sorted(history.series.items())
+        if len(points) > 1 and len(set(points.values())) == 1
+    ]
+    constant = f"<p class='sub'>The same at every step: {escape(', '.join(still))}</p>" if still else ""
+    return f"<div class='charts'>{''.join(charts)}</div>{constant}" if charts or still else ""
 
 
 def _thin(points: dict[int, float]) -> list[tuple[int, float]]:
@@ -161,7 +182,7 @@ def _chart(title: str, curves: dict[str, dict[int, float]]) -> str:
             f"{70 + (step - left) * across:.1f},{_HEIGHT - _PAD - (value - low) * up:.1f}" for step, value in points
         )
         lines.append(f"<polyline fill='none' stroke='{colour}' stroke-width='1.5' points='{path}'/>")
-        label = name.removeprefix(f"{title}/") if len(thin) > 1 else ""
+        label = name.rsplit("/", 1)[-1] if len(thin) > 1 else ""
         keys.append(f"<span style='color:{colour}'>■</span> {escape(label)} {points[-1][1]:.4g}" if points else "")
     base = _HEIGHT - _PAD
     return (
