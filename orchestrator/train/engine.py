@@ -15,11 +15,13 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.quarantine import Damage
 from orchestrator.data.views import train_view
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
 from orchestrator.train.context import RunContext
 from orchestrator.train.goodput import Goodput
+from orchestrator.train.hosts import find_hosts
 from orchestrator.train.kind import open_kind
 from orchestrator.train.monitor import Monitor
 from orchestrator.train.optimizer import peak_lr
@@ -102,7 +104,8 @@ class Engine:
         )
         if self.run.rank == 0:
             self.monitor.measure_utilisation()
-        self.records.started(self.state, self.total, self.peak_lr)
+        self.watchdog.collective("hosts of the ranks")
+        self.records.started(self.state, self.total, self.peak_lr, find_hosts(self.run))
         self.goodput.watch.leave()
 
     @property
@@ -122,6 +125,7 @@ class Engine:
         first = self.state.step % self.steps_per_epoch
         stop = min(self.steps_per_epoch, first + self.total - self.state.step)
         self.monitor.begin()
+        self._merge_quarantined()  # what the last epoch's loader found
         with self.goodput.span("data"):
             loader = self._open_loader(first, stop)
         try:
@@ -244,12 +248,17 @@ class Engine:
         budget = self.config.data.quarantine_budget
         if not budget:
             return
-        mine = self._loader.counters.quarantined if self._loader else []
-        parts: list[list[int]] = [mine]
+        mine = [] if self._loader is None else self._loader.counters.damaged  # a loader at its end is falsy
+        parts: list[list[Damage]] = [mine]
         if self.run.world > 1:
+            self.watchdog.collective("damaged samples of all ranks")
             parts = [[] for _ in range(self.run.world)]
             dist.all_gather_object(parts, mine)
-        self.state.quarantined = sorted({*self.state.quarantined, *(i for part in parts for i in part)})
+        known = set(self.state.quarantined)
+        found = {damage.id: damage for part in parts for damage in part if damage.id not in known}
+        if found:
+            self.state.quarantined = sorted(known | found.keys())
+            self.records.damaged(self.state.step, list(found.values()), len(self.state.quarantined))
         if len(self.state.quarantined) > budget:
             raise UserError(
                 f"{len(self.state.quarantined)} samples are damaged, data.quarantine_budget={budget} allows fewer: "
@@ -283,9 +292,11 @@ class Engine:
         finally:
             state.average.swap()
         self._evaluated = state.step
-        if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
-            self.checkpoints.best = state.step
+        best = state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode)
         self.records.evaluation(state, metrics)
+        if best:
+            self.checkpoints.best = state.step
+            self.records.best(state)
         self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
 
     # -- end --------------------------------------------------------------------------------------------------------
