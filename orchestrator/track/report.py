@@ -27,7 +27,7 @@ th{color:#5b6b7a;font-weight:600}.charts{display:flex;flex-wrap:wrap;gap:1rem}fi
 figcaption{font-size:.85em;color:#5b6b7a}img{max-width:100%;border:1px solid #dde3e8}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}.card{border:1px solid #dde3e8;border-radius:.5rem;
 padding:.5rem .9rem;min-width:8rem}.card b{display:block;font-size:1.25em}details{margin:.6rem 0}summary{cursor:pointer}
-svg text{font:11px system-ui,sans-serif;fill:#5b6b7a}pre{white-space:pre-wrap}
+figure.chart{max-width:520px}svg text{font:11px system-ui,sans-serif;fill:#5b6b7a}pre{white-space:pre-wrap}
 """
 
 
@@ -182,11 +182,11 @@ def _chart(title: str, curves: dict[str, dict[int, float]]) -> str:
             f"{70 + (step - left) * across:.1f},{_HEIGHT - _PAD - (value - low) * up:.1f}" for step, value in points
         )
         lines.append(f"<polyline fill='none' stroke='{colour}' stroke-width='1.5' points='{path}'/>")
-        label = name.rsplit("/", 1)[-1] if len(thin) > 1 else ""
+        label = name.rsplit("/", 1)[-1] if name != title else ""
         keys.append(f"<span style='color:{colour}'>■</span> {escape(label)} {points[-1][1]:.4g}" if points else "")
     base = _HEIGHT - _PAD
     return (
-        f"<figure><svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='{escape(title)}'>"
+        f"<figure class='chart'><svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='{escape(title)}'>"
         f"<path d='M70 {_PAD}V{base}H{_WIDTH - _PAD}' fill='none' stroke='#dde3e8'/>{''.join(lines)}"
         f"<text x='64' y='{_PAD + 4}' text-anchor='end'>{high:.4g}</text>"
         f"<text x='64' y='{base}' text-anchor='end'>{low:.4g}</text><text x='70' y='{base + 16}'>{left}</text>"
