@@ -85,7 +85,7 @@ def test_a_source_that_is_not_there_is_told(place, words):
 
 def test_a_folder_that_is_no_run_is_told_with_its_content(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(WeightsError, match=r"neither run.json .* holds notes.txt"):
+    with pytest.raises(WeightsError, match=r"no weights there; .* beside run.json.* holds notes.txt"):
         open_source(str(tmp_path))
 
 
