@@ -8,14 +8,15 @@ from typing import Any
 
 import ray
 
+from orchestrator.checkpoint.source import Source
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.schema import leaves
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
-from orchestrator.evaluate.job import check_counts, checkpoint_settings, find_checkpoint
-from orchestrator.evaluate.source import Source, check_shape, open_source
+from orchestrator.evaluate.choice import check_shape, checkpoint_settings, find_checkpoint, open_checkpoint
+from orchestrator.evaluate.job import check_counts
 from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_OK
 from orchestrator.launch.cluster import connected
@@ -104,7 +105,7 @@ def _checked(config: SweepJobConfig, work: MeasureFn | None) -> tuple[Manifest, 
         manifest = check(pretrain_part(config)).manifest
         facts["length"] = f"{config.train.epochs} epochs, evaluated after every {config.eval.every_epochs}"
     else:
-        source = open_source(config.evaluate.checkpoint, config.data.store)
+        source = open_checkpoint(config)
         check_shape(config.model, source)
         manifest = open_dataset(config.data)
         check_counts(config, manifest)

@@ -13,7 +13,7 @@ from orchestrator.config.identity import result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
-from orchestrator.evaluate.job import checkpoint_settings, find_checkpoint
+from orchestrator.evaluate.choice import checkpoint_settings, find_checkpoint
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.home import resolve
 from orchestrator.launch.record import open_record
