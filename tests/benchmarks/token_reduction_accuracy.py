@@ -146,17 +146,15 @@ def part_b(options: argparse.Namespace, model: Backbone, bank: Data, queries: Da
     """Many settings on the first backbone: ratio, cosine, k-NN."""
     off = (TokenMigration(), TokenGathering())
     settings = {PLAIN: off}
-    for layer in (1, options.layer, 3, 4):
+    for layer in (1, options.layer, 3):
         for keep in (*options.keeps, 0.875):
             migration = TokenMigration((layer,), (keep,))
             settings[f"migration, keep {keep:g} before layer {layer}"] = (migration, off[1])
     two = TokenMigration((2, 4), (0.5, 0.5))
     settings["migration, keep .5 before layers 2 and 4"] = (two, off[1])
-    for window in (4, 2):
-        for layers in ((), (0, 1), (0, 1, 2, 3)):
-            left = f", layers {layers} global" if layers else ""
-            gathering = TokenGathering(window, 2, global_layers=layers)
-            settings[f"gathering, window {window}, 2 tokens{left}"] = (off[0], gathering)
+    for layers in ((), (0, 1), (0, 1, 2, 3)):
+        left = f", layers {layers} global" if layers else ""
+        settings[f"gathering, window 4, 2 tokens{left}"] = (off[0], TokenGathering(4, 2, global_layers=layers))
     return quality_table(quality(model, settings, bank, queries, dtype=torch.bfloat16))
 
 
