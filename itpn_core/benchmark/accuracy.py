@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn_core.benchmark.timing import Spread
-from itpn_core.benchmark.token_reduction import PLAIN, Setting, measured_ratios
+from itpn_core.benchmark.token_reduction import PLAIN, Setting
 from itpn_core.evaluation import Estimate, linear_probe, over_seeds
 from itpn_core.evaluation.knn import knn_classify
 from itpn_core.models import Backbone
@@ -126,8 +126,9 @@ def features_of(
 
 
 def answers(
-    models: Sequence[Backbone],
-    settings_of: Sequence[Mapping[str, Setting]],
+    model: Backbone,
+    seed: int,
+    settings: Mapping[str, Setting],
     bank: Data,
     queries: Data,
     *,
@@ -136,34 +137,41 @@ def answers(
     batch: int = 64,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Answers]:
-    """k-NN and linear probe of every setting under every seed.
+    """k-NN and linear probe of every setting under one seed.
 
     Args:
-        models: one headless backbone in eval mode per seed.
-        settings_of: settings by name, for each seed; `PLAIN` is added.
+        model: headless backbone in eval mode.
+        seed: draws the part of the bank and the probe's order.
+        settings: by name; `PLAIN` is added.
         bank: normalised images [N, 3, H, W] and labels [N].
         queries: the same of held-out images.
         layer: first layer that any setting touches.
-        share: part of the bank that each seed draws.
+        share: part of the bank that the seed draws.
         batch: images per forward pass.
         dtype: of the forward pass (autocast).
     """
-    knn: dict[str, list[Tensor]] = {}
-    probe: dict[str, list[Tensor]] = {}
-    cosine: dict[str, list[float]] = {}
-    for seed, (model, settings) in enumerate(zip(models, settings_of, strict=True)):
-        chosen = _draw(len(bank[0]), share, seed)
-        images, labels = bank[0][chosen], bank[1][chosen]
-        wanted = {PLAIN: (TokenMigration(), TokenGathering())} | dict(settings)
-        banks, asked = (features_of(model, wanted, part, layer, batch, dtype) for part in (images, queries[0]))
-        for name, query_MD in asked.items():
-            bank_ND = banks[name]
-            right = knn_classify(bank_ND, labels, query_MD) == queries[1]
-            knn.setdefault(name, []).append(right.double())
-            predicted = linear_probe(bank_ND, labels, query_MD, seed=seed).predictions
-            probe.setdefault(name, []).append((predicted == queries[1]).double())
-            cosine.setdefault(name, []).append(F.cosine_similarity(query_MD, asked[PLAIN]).mean().item())
-    return {n: Answers(torch.stack(knn[n]), torch.stack(probe[n]), statistics.mean(cosine[n])) for n in knn}
+    chosen = _draw(len(bank[0]), share, seed)
+    labels, wanted = bank[1][chosen], {PLAIN: (TokenMigration(), TokenGathering())} | dict(settings)
+    banks, asked = (features_of(model, wanted, part, layer, batch, dtype) for part in (bank[0][chosen], queries[0]))
+    found = {}
+    for name, query_MD in asked.items():
+        knn = knn_classify(banks[name], labels, query_MD) == queries[1]
+        probe = linear_probe(banks[name], labels, query_MD, seed=seed).predictions == queries[1]
+        cosine = F.cosine_similarity(query_MD, asked[PLAIN]).mean().item()
+        found[name] = Answers(knn.double()[None], probe.double()[None], cosine)
+    return found
+
+
+def joined(seeds: Sequence[Mapping[str, Answers]]) -> dict[str, Answers]:
+    """The answers of several seeds as one."""
+    return {
+        name: Answers(
+            torch.cat([found[name].knn for found in seeds]),
+            torch.cat([found[name].probe for found in seeds]),
+            statistics.mean(found[name].cosine for found in seeds),
+        )
+        for name in seeds[0]
+    }
 
 
 def _draw(count: int, share: float, seed: int) -> Tensor:
@@ -190,42 +198,23 @@ class AccuracyRow:
     ahead: tuple[Estimate, Estimate]
 
 
+def schedule(layer: int, keeps: Sequence[float], seed: int) -> dict[str, Setting]:
+    """What `compare_rules` needs measured: every rule at every keep ratio, as "0.5 random drop"."""
+    return {f"{keep:g} {name}": setting for keep in keeps for name, setting in rules(layer, keep, seed).items()}
+
+
 def compare_rules(
-    models: Sequence[Backbone],
-    bank: Data,
-    queries: Data,
-    *,
-    layer: int,
-    keeps: tuple[float, ...] = (0.5, 0.625, 0.75),
-    share: float = 0.5,
-    batch: int = 64,
-    rounds: int = 7,
-    dtype: torch.dtype = torch.float32,
+    found: Mapping[str, Answers], speeds: Mapping[str, Spread], keeps: Sequence[float]
 ) -> list[AccuracyRow]:
-    """Migration by its defaults against every baseline, at equal measured speed; arguments as `answers`.
+    """Migration by its defaults against every baseline, at equal measured speed.
 
     Args:
-        models: one headless backbone per seed; the first is timed (in float32, all settings interleaved).
-        bank: normalised images and labels.
-        queries: held-out ones.
-        layer: 0-based layer before which tokens are dropped.
-        keeps: keep ratios.
-        share: part of the bank that each seed draws.
-        batch: images per forward pass, also of the timing.
-        rounds: interleaved timing rounds.
-        dtype: of the forward passes that give features.
+        found: answers to a `schedule` over all seeds, `PLAIN` among them.
+        speeds: measured ratios of the same settings.
+        keeps: keep ratios of the schedule.
     """
-    named = {(keep, name): setting for keep in keeps for name, setting in rules(layer, keep).items()}
-    calls = {PLAIN: (TokenMigration(), TokenGathering())} | {f"{k} {n}": s for (k, n), s in named.items()}
-    ratios = measured_ratios(models[0], calls, queries[0][:batch], rounds)
-    speeds = {key: ratios[f"{key[0]} {key[1]}"] for key in named}
-    settings_of = [
-        {f"{keep} {name}": setting for keep in keeps for name, setting in rules(layer, keep, seed).items()}
-        for seed in range(len(models))
-    ]
-    found = answers(models, settings_of, bank, queries, layer=layer, share=share, batch=batch, dtype=dtype)
-    points = {(1.0, PLAIN): (ratios[PLAIN], found[PLAIN])}
-    points |= {key: (speeds[key], found[f"{key[0]} {key[1]}"]) for key in named}
+    names = {(1.0, PLAIN): PLAIN} | {(keep, rule): f"{keep:g} {rule}" for keep in keeps for rule in rules(0, keep)}
+    points = {key: (speeds[name], found[name]) for key, name in names.items()}
     return [AccuracyRow(k, n, s, a, _ahead(points, k, n)) for (k, n), (s, a) in points.items()]
 
 

@@ -6,6 +6,8 @@ The data folder holds WebDataset tars `train-*.tar` and `test-*.tar` of small im
 is a Fast-iTPN of patch size 4 at 32 px, pre-trained without labels by the first run's objective: the features of an
 ImageNet teacher, at all tokens. It is trained once per seed and kept in the folder of backbones.
 
+Answers of a seed are kept there too, so that seeds can be run one by one and the table is made of all of them.
+
 train    only makes the backbones that are missing; one process per seed may run at a time
 tune     our own definitions of migration against each other, on training images that nothing else looks at
 compare  migration by its defaults against every baseline at equal measured speed, on the test split
@@ -25,9 +27,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from itpn_core.benchmark.accuracy import Data, accuracy_table, answers, compare_rules, variants, variants_table
+from itpn_core.benchmark.accuracy import (
+    Answers,
+    Data,
+    accuracy_table,
+    answers,
+    compare_rules,
+    joined,
+    schedule,
+    variants,
+    variants_table,
+)
 from itpn_core.benchmark.timing import machine
-from itpn_core.benchmark.token_reduction import PLAIN, quality, quality_table
+from itpn_core.benchmark.token_reduction import PLAIN, measured_ratios, quality, quality_table
 from itpn_core.models import Backbone, ModelConfig, build_backbone
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.tasks import build_task
@@ -113,21 +125,36 @@ def data(options: argparse.Namespace, split: str, count: int, skip: int = 0) -> 
     return (images / 255 - MEAN) / STD, labels
 
 
+def answers_of(options: argparse.Namespace, seed: int, bank: Data, queries: Data) -> dict[str, Answers]:
+    """The answers of one seed to all settings: from its file, or found now and written there."""
+    settings = {
+        "tune": lambda: variants(options.layer, options.keeps[0]),
+        "compare": lambda: schedule(options.layer, options.keeps, seed),
+    }[options.what]()
+    asked = repr((settings, options.bank, options.queries, options.steps, options.images))
+    path = options.backbones / f"{options.what}-{seed}.pt"
+    kept = torch.load(path, weights_only=True) if path.exists() else {}
+    if kept.get("asked") != asked:
+        model = backbone(options, seed)
+        found = answers(model, seed, settings, bank, queries, layer=options.layer, dtype=torch.bfloat16)
+        kept = {"asked": asked, "found": {name: dict(vars(got)) for name, got in found.items()}}
+        torch.save(kept, path)
+    return {name: Answers(**got) for name, got in kept["found"].items()}
+
+
 def part_b(options: argparse.Namespace, model: Backbone, bank: Data, queries: Data) -> str:
     """Many settings on the first backbone: ratio, cosine, k-NN."""
     off = (TokenMigration(), TokenGathering())
     settings = {PLAIN: off}
-    for layer in (1, options.layer, 3, 4):
+    for layer in (1, options.layer, 3):
         for keep in (*options.keeps, 0.875):
             migration = TokenMigration((layer,), (keep,))
             settings[f"migration, keep {keep:g} before layer {layer}"] = (migration, off[1])
     two = TokenMigration((2, 4), (0.5, 0.5))
     settings["migration, keep .5 before layers 2 and 4"] = (two, off[1])
-    for window in (4, 2):
-        for layers in ((), (0, 1), (0, 1, 2, 3)):
-            left = f", layers {layers} global" if layers else ""
-            gathering = TokenGathering(window, 2, global_layers=layers)
-            settings[f"gathering, window {window}, 2 tokens{left}"] = (off[0], gathering)
+    for layers in ((), (0, 1), (0, 1, 2, 3)):
+        left = f", layers {layers} global" if layers else ""
+        settings[f"gathering, window 4, 2 tokens{left}"] = (off[0], TokenGathering(4, 2, global_layers=layers))
     return quality_table(quality(model, settings, bank, queries, dtype=torch.bfloat16))
 
 
@@ -144,24 +171,26 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.625, 0.75])
     options = parser.parse_args()
-    models = [backbone(options, seed) for seed in options.seeds]
     if options.what == "train":
+        for seed in options.seeds:
+            backbone(options, seed)
         return
     # the default is chosen on training images that neither pre-training nor the bank has seen
     hidden = ("train", options.queries, options.images) if options.what == "tune" else ("test", options.queries)
     bank, queries = data(options, "train", options.bank), data(options, *hidden)
     print(f"\n{options.what}: bank {options.bank}, {options.queries} {hidden[0]} images of 32 px, patch 4, grid 8x8, "
           f"features in bf16, seeds {options.seeds}. {machine(torch.device('cpu'))}\n")  # fmt: skip
+    if options.what == "quality":
+        print(part_b(options, backbone(options, options.seeds[0]), bank, queries))
+        return
+    found = joined([answers_of(options, seed, bank, queries) for seed in options.seeds])
     if options.what == "tune":
-        settings = [variants(options.layer, options.keeps[0])] * len(models)
-        print(variants_table(answers(models, settings, bank, queries, layer=options.layer, dtype=torch.bfloat16)))
-    elif options.what == "quality":
-        print(part_b(options, models[0], bank, queries))
-    else:
-        rows = compare_rules(
-            models, bank, queries, layer=options.layer, keeps=tuple(options.keeps), dtype=torch.bfloat16
-        )
-        print(accuracy_table(rows))
+        print(variants_table(found))
+        return
+    model = backbone(options, options.seeds[0])
+    calls = {PLAIN: (TokenMigration(), TokenGathering())} | schedule(options.layer, options.keeps, 0)
+    speeds = measured_ratios(model, calls, queries[0][:64], rounds=7)
+    print(accuracy_table(compare_rules(found, speeds, options.keeps)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from itpn_core.benchmark.accuracy import (
     at_speed,
     compare_rules,
     features_of,
+    joined,
     rules,
+    schedule,
     variants,
     variants_table,
 )
@@ -24,6 +26,7 @@ from itpn_core.benchmark.timing import Spread, interleaved_seconds, peak_bytes, 
 from itpn_core.benchmark.token_reduction import (
     PLAIN,
     measure_speed,
+    measured_ratios,
     pooled_features,
     quality,
     quality_table,
@@ -122,7 +125,10 @@ def test_quality_and_rules_are_measured_on_the_same_images():
     assert rows[0].cosine == pytest.approx(1.0)
     assert rows[0].difference.value == 0.0
     assert "paired 95%" in quality_table(rows)
-    compared = compare_rules([model, _model()], bank, queries, layer=2, keeps=(0.5, 0.75), rounds=2)
+    keeps = (0.5, 0.75)
+    seeds = [answers(model, seed, schedule(2, keeps, seed), bank, queries, layer=2, batch=16) for seed in (0, 1)]
+    settings = {PLAIN: (TokenMigration(), TokenGathering())} | schedule(2, keeps, 0)
+    compared = compare_rules(joined(seeds), measured_ratios(model, settings, queries[0], rounds=2), keeps)
     assert [row.rule for row in compared] == [PLAIN, *rules(2, 0.5), *rules(2, 0.75)]
     assert all(row.found.knn.shape == row.found.probe.shape == (2, 12) for row in compared)
     assert all(row.ahead[0].value == 0.0 for row in compared if row.rule == MIGRATION)
@@ -132,7 +138,7 @@ def test_quality_and_rules_are_measured_on_the_same_images():
 def test_definitions_of_migration_are_compared_with_the_unreduced_model():
     data = (torch.randn(40, 3, 32, 32), torch.arange(40) % 4)
     wanted = variants(2, 0.5)
-    found = answers([_model()], [wanted], data, data, layer=2, batch=16)
+    found = answers(_model(), 0, wanted, data, data, layer=2, batch=16)
     assert list(found) == [PLAIN, *wanted]
     assert found[PLAIN].cosine == pytest.approx(1.0)
     assert "| carried, keys, neighbours |" in variants_table(found)
