@@ -295,14 +295,13 @@ class Engine:
             metrics = self.kind.evaluate(state.task, state.step, state.answers)
             if self.run.rank == 0:
                 self.records.figures(self.kind.figures(state.task, state.step))
+            self.records.evaluation(state, metrics)
+            if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
+                self.checkpoints.best = state.step
+                self.records.best(state.task, state.step)
         finally:
             state.average.swap()
         self._evaluated = state.step
-        best = state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode)
-        self.records.evaluation(state, metrics)
-        if best:
-            self.checkpoints.best = state.step
-            self.records.best(state)
         self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
 
     # -- end --------------------------------------------------------------------------------------------------------
@@ -316,7 +315,11 @@ class Engine:
     def finish(self) -> Outcome:
         """Ends the run: exports the final weights and sums up."""
         self._settle(stopping=False)
-        self.records.final(self.state)
+        self.state.average.swap()
+        try:
+            self.records.final(self.state.task, self.state.step, self.state.best_step)
+        finally:
+            self.state.average.swap()
         return self._outcome("")
 
     def _outcome(self, stopped: str) -> Outcome:

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from itpn_core.task import Task
 from orchestrator.config.load import to_yaml
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import StorageError
@@ -176,51 +177,51 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.tags({"run.state": name, "run.reason": reason})
 
-    def best(self, state: TrainState) -> None:
+    def best(self, task: Task, step: int) -> None:
         """Keeps the weights of the best evaluation so far; they are registered when the run ends."""
         if self._recorder is not None:
-            self._export(state, "best")
+            self._export(task, step, "best")
 
-    def final(self, state: TrainState) -> None:
-        """Exports the averaged (or live) weights and keeps them with the run."""
+    def final(self, task: Task, step: int, best_step: int) -> None:
+        """Exports the final weights in one file and keeps them with the run.
+
+        Args:
+            task: with the weights to export.
+            step: where the run ended.
+            best_step: of the evaluation that `checkpoint.best_metric` calls the best; -1 = there is none.
+        """
         if self._recorder is None:
             return
-        path = self._export(state, "final")
+        path = self._export(task, step, "final")
         self._recorder.artifact(path, "weights")
         if self._config.track.registered_model:
-            self._register_best(state, path.name)
-            self._register(path, state.step, self._evaluation, ("candidate",))
+            if best_step not in (-1, step):
+                self._register_best(path.name, best_step)
+            self._register(path, step, self._evaluation, ("candidate",))
 
-    def _export(self, state: TrainState, place: str) -> Path:
-        state.average.swap()
-        try:
-            file, kept = self._kind.weights(state.task)
-            tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
-        finally:
-            state.average.swap()
+    def _export(self, task: Task, step: int, place: str) -> Path:
+        file, kept = self._kind.weights(task)
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
         path = self._run.directory / place / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"model": asdict(self._config.model), "step": state.step, "evaluation": self._evaluation}
+        facts = {"model": asdict(self._config.model), "step": step, "evaluation": self._evaluation}
         save_file(tensors, path, metadata={name: json.dumps(value) for name, value in facts.items()})
         if self._run.folder.local_path() is None:
             self._run.folder.put(f"{place}/{file}", path)
         return path
 
-    def _register_best(self, state: TrainState, file: str) -> None:
-        """Registers what `checkpoint.best_metric` chose, when that is not the end."""
-        if state.best_step in (-1, state.step):
-            return
+    def _register_best(self, file: str, step: int) -> None:
         path = self._run.directory / "best" / file
         try:
             if not path.exists():  # an earlier attempt ran on another host
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._run.folder.download(f"best/{file}", path)
         except (FileNotFoundError, StorageError) as error:
-            self._run.note(f"warning: the weights of the best step {state.best_step} are not registered: {error}")
+            self._run.note(f"warning: the weights of the best step {step} are not registered: {error}")
             return
         with safe_open(path, framework="pt") as held:
             evaluation = json.loads(held.metadata()["evaluation"])
-        self._register(path, state.best_step, evaluation, ())
+        self._register(path, step, evaluation, ())
 
     def _register(self, weights: Path, step: int, evaluation: dict[str, float], aliases: tuple[str, ...]) -> None:
         assert self._recorder is not None  # noqa: S101 -- only called with one
