@@ -194,7 +194,7 @@ def values_of(score: Score, cost: Cost) -> dict[str, float]:
     """What objectives and limits are made of (`orchestrator.sweep.config.MEASURED`)."""
     return {
         "accuracy": score.top1.value,
-        "accuracy_loss": -score.difference.value,
+        "accuracy_loss": 0.0 - score.difference.value,
         "speedup": cost.speedup.median,
         "images_per_second": cost.images_per_second.median,
         "gflops": cost.flops / 1e9,

@@ -24,7 +24,7 @@ from itpn_core.errors import ConfigError, nearest
 from itpn_core.random import name_key
 from orchestrator.sweep.front import UP, Objective
 from orchestrator.sweep.parameter import CATEGORICAL, INTEGER, Parameter, Value
-from orchestrator.sweep.space import COUNT_LIMIT, Setting, Space
+from orchestrator.sweep.space import Setting, Space
 
 RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE = "running", "finished", "pruned", "failed", "infeasible"
 STATES = (RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE)
@@ -148,7 +148,7 @@ class _Known:
         self.next = max((trial.number for trial in trials), default=-1) + 1
         self.settings = {trial.setting for trial in trials}
         self.running = {trial.number for trial in trials if trial.state == RUNNING}
-        self._size: int | None = None
+        self._least = 0
 
     def check_end(self, number: int, state: str) -> None:
         if number not in self.running:
@@ -181,9 +181,10 @@ class _Known:
         """Whether a countable space has been tried in full."""
         if self.space.continuous:
             return False
-        if self._size is None:
-            self._size = self.space.size(COUNT_LIMIT) or 0
-        return len(self.settings) >= self._size
+        if len(self.settings) >= self._least:
+            # Counted only as far as needed: a space of thousands of settings takes seconds.
+            self._least = self.space.size(2 * len(self.settings) + 1) or 0
+        return len(self.settings) >= self._least
 
 
 class _PlainSampler:
