@@ -4,10 +4,10 @@ Frozen before anything was tuned on it. Each seed is one sweep: how accurate a s
 
     accuracy(b) = a - c * b^-p + noise
 
-where a, c and p are smooth functions of the setting, drawn by the seed: every token that is dropped costs something, how
-much is the seed's choice, and so are the slower waves on top. Learning curves cross. A seed's functions are drawn anew
-until the rank correlation between the accuracy after the first epoch (with its noise) and the one at the end (without)
-lies in `FIDELITY`. Speed is what the product's own FLOP count says, measured once per trial with an error of up to 2 %.
+where a, c and p are smooth functions of the setting, drawn by the seed: every token that is dropped costs something,
+how much is the seed's choice, and so are the slower waves on top. Learning curves cross. A seed's functions are drawn
+anew until the rank correlation between accuracy after the first epoch (with its noise) and at the end (without) lies in
+`FIDELITY`. Speed is what the product's own FLOP count says, measured once per trial with an error of up to 2 %.
 Search may be tuned on `DEV_SEEDS`; `FINAL_SEEDS` are for the final measurement.
 """
 
@@ -27,7 +27,7 @@ from orchestrator.evaluate.subject import OFF, flops_of
 from orchestrator.sweep.front import Objective, front, gains, hypervolume, nadir
 from orchestrator.sweep.legal import config_check, with_fields
 from orchestrator.sweep.pretrainable import pretrainable
-from orchestrator.sweep.space import parse_space
+from orchestrator.sweep.read_space import parse_space
 
 DEV_SEEDS = range(10)
 FINAL_SEEDS = range(1000, 1020)
@@ -81,8 +81,8 @@ def speedups(settings):
     """Times fewer FLOPs than the unreduced model, float64 [N], and by how much the count and its model differ at most.
 
     Counting takes a fifth of a second per schedule, and there are 1,700 of them. Per kind of gathering the product's
-    count of `COUNTED` random schedules gives the cost of a layer with n tokens, a + b n + c n^2, and that of a drop; the
-    model is checked on `CHECKED` others.
+    count of `COUNTED` random schedules gives the cost of a layer with n tokens, a + b n + c n^2, and that of a drop;
+    the model is checked on `CHECKED` others.
     """
     config = load(SweepJobConfig, None, MODEL)
     groups = {}
