@@ -151,15 +151,9 @@ class Cluster:
             return {}
         return {node["node_ip"]: node["node_id"] for node in json.loads(done.stdout)}
 
-    def drain(self, host: Host, deadline_s: int) -> None:
-        """Tells Ray that the host will be taken away."""
-        words = [
-            "ray", "drain-node", f"--address={self.gcs}", f"--node-id={self.nodes()[host.address]}",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=preempted",
-            f"--deadline-remaining-seconds={deadline_s}",
-        ]  # fmt: skip
-        done = self.head.run(words, self.environment(self.head))
-        assert done.returncode == 0, done.stdout + done.stderr
+    def drain(self, host: Host, seconds: int) -> None:
+        """What the preStop hook of a preemptible pool runs in its pod before the host is taken away."""
+        host.start("drain.log", ["infra/image/drain", str(seconds)], self.environment(host))
 
     def _make_shards(self) -> None:
         made = write_images(self.wire.logs / "images", per_class=240)

@@ -16,7 +16,6 @@ class Group:
     """Step of the checkpoint it began from."""
     steps_per_epoch: int
     restored: float
-    imports: float
     hosts: set[str] = field(default_factory=set)
     parts: dict[int, dict[int, list[int]]] = field(default_factory=dict)
     """Sample ids by step and rank."""
@@ -34,10 +33,9 @@ def groups(records: list[dict[str, Any]]) -> list[Group]:
     for record in sorted((r for r in records if r["steps"]), key=lambda r: r["entered"]):
         group = found.setdefault(
             record["group"],
-            Group(record["entered"], record["world"], record["from"], record["steps_per_epoch"], 0.0, 0.0),
+            Group(record["entered"], record["world"], record["from"], record["steps_per_epoch"], 0.0),
         )
         # The last rank to be ready is the one that the others waited for.
-        group.imports = max(group.imports, record["imports"])
         group.entered = max(group.entered, record["entered"])
         group.restored = max(group.restored, record["restored"])
         group.first_step_at = max(group.first_step_at, record["steps"][0]["at"])
@@ -57,7 +55,7 @@ def check_lineage(found: list[Group], total: int, batch: int) -> int:
     for group in found:
         dropped |= {step: ids for step, ids in lineage.items() if step >= group.first}
         lineage = {step: ids for step, ids in lineage.items() if step < group.first} | group.whole()
-    assert sorted(lineage) == list(range(total))
+    assert sorted(lineage) == list(range(total)), f"steps were lost: {sorted(set(range(total)) - set(lineage))}"
     for step, ids in dropped.items():
         assert lineage[step] == ids, f"step {step} was done again with other samples"
     per_epoch = found[0].steps_per_epoch

@@ -3,15 +3,11 @@
 `ITPN_TEST_RECORDS` is the folder, `ITPN_TEST_PACE_S` a pause per step in the place of a model that takes that long.
 """
 
-# ruff: noqa: E402 -- the time that imports take is measured
-import time
-
-BEGUN = time.time()
-
 import json
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import ray
@@ -20,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.folder import Folder
-from orchestrator.launch import pretrain as launch
+from orchestrator.launch import trainer
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
+from orchestrator.launch.run import run_training
 from orchestrator.launch.worker import train_worker
 from orchestrator.train.engine import Engine
 
@@ -35,7 +32,6 @@ class Recorder:
         self.folder = folder
         self.steps = []
         self.facts = {
-            "imports": BEGUN,
             "entered": time.time(),
             "host": socket.gethostname(),
             "group": ray.get_runtime_context().get_placement_group_id(),
@@ -76,5 +72,5 @@ if __name__ == "__main__":
     # Ray imports the function by this module's name in its workers.
     from tests.cluster import recorded
 
-    launch.train_worker = recorded.recorded_worker
-    sys.exit(run_job(PretrainConfig, "", "", launch.pretrain, resolve))
+    trainer.train_worker = recorded.recorded_worker
+    sys.exit(run_job(PretrainConfig, "", "", run_training, resolve))

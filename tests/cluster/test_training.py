@@ -51,6 +51,17 @@ def start(cluster: Cluster, name: str, *settings: str):
     )  # fmt: skip
 
 
+def test_with_a_wrong_token_no_job_starts(whole):
+    (whole.head.files / "run" / "wrong-token").write_text("f" * 32)
+    job = whole.pretrain("refused", token="/run/wrong-token")
+    assert job.wait(60) == 1
+    assert "token" in job.text.lower()
+    listed = whole.head.run(["ray", "job", "list", "--address", whole.dashboard], whole.environment(whole.head))
+    assert listed.returncode == 0
+    assert job.name not in listed.stdout
+    assert whole.keys("runs/refused/") == []
+
+
 def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     """Two of three hosts are killed in mid-epoch, one after the other; the first is back before the second dies."""
     job = start(whole, "killed")
@@ -83,7 +94,41 @@ def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     assert job.text.count("resumed from the checkpoint of step") == 2
 
 
-def test_a_host_that_the_network_no_longer_reaches_is_replaced(whole):
+def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
+    job = start(whole, "stopped")
+    wait_for_step(whole, job, "stopped", 55)
+    asked = time.monotonic()
+    job.stop()
+    assert job.wait(60) == 0, job.text  # Ray's answer for a job that was stopped
+    took = time.monotonic() - asked
+    assert took < 60
+    stopped = int(re.search(r"stopped \(SIGTERM\) at step (\d+)", job.text)[1])
+    assert whole.committed("stopped") == stopped
+    assert whole.json("runs/stopped/run.json")["state"] == "stopped"
+    assert stopped % 40, "the checkpoint is that of the stop, not an earlier one"
+
+    again = start(whole, "stopped")
+    assert again.wait(300) == 0, again.text
+    assert f"resumed from the checkpoint of step {stopped}" in again.text
+    assert check_lineage(groups(records(whole, "stopped")), total=4 * PER_EPOCH, batch=BATCH) == 0
+
+
+def test_a_host_drained_before_it_stops_loses_at_most_one_step(whole):
+    """The preStop hook of a preemptible pool runs in the host; when the run has left it, the host goes."""
+    job = start(whole, "drained")
+    wait_for_step(whole, job, "drained", 60)
+    host = whole.hosts_in_use()[0]
+    whole.drain(host, 75)
+    wait_for_group(whole, job, "drained", 2)
+    host.kill()
+    assert job.wait(300) == 0, job.text
+    found = groups(records(whole, "drained"))
+    assert host.name not in found[1].hosts
+    assert check_lineage(found, total=4 * PER_EPOCH, batch=BATCH) <= 1
+    assert "preempted" in [entry["state"] for entry in whole.json("runs/drained/run.json")["history"]]
+
+
+def test_a_host_that_the_network_no_longer_reaches_stops_nothing(whole):
     """Neither side is told of the cut: no connection is closed."""
     job = start(whole, "cut")
     wait_for_step(whole, job, "cut", 60)
@@ -95,49 +140,6 @@ def test_a_host_that_the_network_no_longer_reaches_is_replaced(whole):
     assert len(found) == 2
     assert host.name not in found[1].hosts
     check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
-
-
-def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
-    job = start(whole, "stopped")
-    wait_for_step(whole, job, "stopped", 55)
-    asked = time.monotonic()
-    job.stop()
-    assert job.wait(60) == 0, job.text  # Ray's answer for a job that was stopped
-    took = time.monotonic() - asked
-    assert took < 60
-    stopped = int(re.search(r"stopped \(SIGTERM\) at step (\d+)", job.text)[1])
-    assert whole.committed("stopped") == stopped
-    assert stopped % 40, "the checkpoint is that of the stop, not an earlier one"
-
-    again = start(whole, "stopped")
-    assert again.wait(300) == 0, again.text
-    assert f"resumed from the checkpoint of step {stopped}" in again.text
-    assert check_lineage(groups(records(whole, "stopped")), total=4 * PER_EPOCH, batch=BATCH) == 0
-
-
-def test_with_a_wrong_token_no_job_starts(whole):
-    (whole.head.files / "run" / "wrong-token").write_text("f" * 32)
-    job = whole.pretrain("refused", token="/run/wrong-token")
-    assert job.wait(60) == 1
-    assert "token" in job.text.lower()
-    listed = whole.head.run(["ray", "job", "list", "--address", whole.dashboard], whole.environment(whole.head))
-    assert listed.returncode == 0
-    assert job.name not in listed.stdout
-    assert whole.keys("runs/refused/") == []
-
-
-def test_a_drained_host_loses_at_most_one_step(whole):
-    """What Kubernetes' preStop hook of a preemptible pool does: the node is drained with reason preemption."""
-    job = start(whole, "drained")
-    wait_for_step(whole, job, "drained", 60)
-    host = whole.hosts_in_use()[0]
-    whole.drain(host, deadline_s=60)
-    wait_for_group(whole, job, "drained", 2)
-    host.kill()
-    assert job.wait(300) == 0, job.text
-    found = groups(records(whole, "drained"))
-    assert host.name not in found[1].hosts
-    assert check_lineage(found, total=4 * PER_EPOCH, batch=BATCH) <= 1
 
 
 SPACE = """
