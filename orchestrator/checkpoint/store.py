@@ -4,7 +4,11 @@ Layout under `<run>/checkpoints/`:
 
     step-00000120/tensors.safetensors   every tensor of the training state
     step-00000120/state.json            step, counters, fingerprints
-    step-00000120/COMMITTED.json        sizes and SHA-256 of the two; written last, its presence is the commit
+    step-00000120/COMMITTED.json        sizes and SHA-256 of the others; written last, its presence is the commit
+
+Where ranks hold parts of the model, each writes its own `tensors-00001-of-00004.safetensors` instead
+(`orchestrator.checkpoint.pieces`), and rank 0 commits once all have told it the sizes and checksums of theirs. Either
+kind can be read whole, or in any other parts.
 
 A checkpoint without its marker, or whose bytes differ from the marker, is passed over with a logged line and the one
 before it is used.
@@ -18,21 +22,23 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from itpn_core.errors import UserError
+from orchestrator.checkpoint.pieces import Assembly, Piece, ShapeError, write_pieces
 from orchestrator.checkpoint.retention import kept
 from orchestrator.data.folder import Folder, StorageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -41,6 +47,25 @@ MARKER = "COMMITTED.json"
 
 class CheckpointError(UserError):
     """A checkpoint does not fit what it is loaded into; the message names the first difference."""
+
+
+class MisfitError(CheckpointError):
+    """A whole checkpoint, but of another model: an older one would be no better."""
+
+
+class Together(Protocol):
+    """Ranks that write one checkpoint together; called on the writing threads, in the same order on all."""
+
+    rank: int
+    index: int
+    """Which of the parts this rank holds."""
+    parts: int
+    """How many parts there are."""
+    writes: bool
+    """Whether it writes its part; of equal copies, one does."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Raises RuntimeError when a rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,8 @@ class Snapshot:
     """JSON values."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Fingerprints of what made it; known for a loaded one."""
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    """Tensors of which this rank holds a part only."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +104,19 @@ class CheckpointStore:
         keep: newest committed checkpoints that stay.
         every_steps: of every range of so many steps one checkpoint stays for good; 0 = none does.
         made_by: fingerprints (settings, data, code) that go into every marker.
+        together: the other ranks, where each writes a part; None when one rank writes all.
     """
 
-    def __init__(self, folder: Folder, keep: int, every_steps: int = 0, made_by: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Folder,
+        keep: int,
+        every_steps: int = 0,
+        made_by: dict[str, str] | None = None,
+        together: Together | None = None,
+    ) -> None:
         self._folder = folder
+        self._together = together
         self._keep = keep
         self._every_steps = every_steps
         self.made_by = made_by or {}
@@ -139,68 +175,135 @@ class CheckpointStore:
         names = [n for n in self._folder.names("checkpoints") if n.startswith("step-")]
         return [int(n.removeprefix("step-")) for n in names if self._folder.exists(f"checkpoints/{n}/{MARKER}")]
 
-    def load_newest(self) -> Snapshot | None:
-        """The newest checkpoint whose bytes are whole, or None when there is none."""
+    def load_newest(self, wanted: Mapping[str, Piece] | None = None) -> Snapshot | None:
+        """The newest checkpoint whose bytes are whole, or None when there is none; `wanted` as for `load`.
+
+        Raises:
+            MisfitError: it belongs to another model.
+        """
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                return self.load(step, wanted)
+            except MisfitError:
+                raise
             except CheckpointError as error:
                 line = f"the checkpoint of step {step} is damaged and is passed over: {error}"
                 log.warning(line)
                 self.passed_over.append(line)
         return None
 
-    def load(self, step: int) -> Snapshot:
+    def load(self, step: int, wanted: Mapping[str, Piece] | None = None) -> Snapshot:
         """Loads one checkpoint after comparing its bytes with its marker.
+
+        Args:
+            step: which one.
+            wanted: tensors of which only some rows are wanted; all others come whole.
 
         Raises:
             CheckpointError: a file is missing, short or changed.
+            MisfitError: it belongs to another model.
         """
-        where = f"checkpoints/{_name(step)}"
+        where, found = f"checkpoints/{_name(step)}", Assembly(wanted or {})
+        state: dict[str, Any] | None = None
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             try:
                 marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
                 for name, expected in marker["files"].items():
-                    self._folder.download(f"{where}/{name}", Path(scratch, name))
-                    _verify(Path(scratch, name), expected)
-                tensors = load_file(Path(scratch, TENSORS))
-                state = json.loads(Path(scratch, STATE).read_text(encoding="utf-8"))
+                    path = Path(scratch, name)
+                    self._folder.download(f"{where}/{name}", path)
+                    _verify(path, expected)
+                    if name == STATE:
+                        state = json.loads(path.read_text(encoding="utf-8"))
+                    else:
+                        found.add(path)
+                    path.unlink()  # one file at a time: a rank needs room for one part, not for all
+            except ShapeError as error:
+                raise MisfitError(f"the checkpoint of step {step} does not fit this model: {error}") from None
             except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError) as error:
                 raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
-        return Snapshot(step, tensors, state, marker.get("made_by", {}))
+        if state is None or found.incomplete():
+            raise CheckpointError(f"{self._folder.uri}/{where}: {', '.join(found.incomplete()) or STATE} is incomplete")
+        return Snapshot(step, found.tensors, state, marker.get("made_by", {}))
 
     def _try_write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> None:
         """Writes, and keeps a storage failure for whoever asks: training does not end because of it."""
         began, cpu = time.perf_counter(), time.thread_time()
         try:
             size = self._write(snapshot, before_commit)
-        except (StorageError, OSError, SafetensorError) as error:
-            # safetensors wraps a full disk in an error of its own.
-            self.failure = error if isinstance(error, StorageError) else StorageError(f"cannot write: {error}")
+        except StorageError as error:
+            self.failure = error
             self.failures += 1
             log.warning("the checkpoint of step %d was not saved: %s", snapshot.step, self.failure)
-            self._discard(snapshot.step)
+            if self._leads:
+                self._discard(snapshot.step)
             return
         self.failure = None
         self.last_committed = snapshot.step
         self.last_save = Saved(size, time.perf_counter() - began, time.thread_time() - cpu)
-        self._retire()
+        if self._leads:
+            self._retire()
+
+    @property
+    def _leads(self) -> bool:
+        return self._together is None or self._together.rank == 0
 
     def _write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> int:
+        """Every rank's part, then rank 0's marker; all ranks come to the same end."""
         where = f"checkpoints/{_name(snapshot.step)}"
-        with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-            tensors, state = Path(scratch, TENSORS), Path(scratch, STATE)
-            save_file(snapshot.tensors, tensors)
-            state.write_text(json.dumps(snapshot.state, sort_keys=True), encoding="utf-8")
-            files = {path.name: _describe(path) for path in (tensors, state)}
-            # A marker of an earlier attempt at this step would vouch for bytes that are being replaced.
-            self._folder.delete([f"{where}/{MARKER}"])
-            for path in (tensors, state):
-                self._folder.put(f"{where}/{path.name}", path)
-        before_commit()
-        marker = json.dumps({"version": 1, "step": snapshot.step, "files": files, "made_by": self.made_by})
-        self._folder.put(f"{where}/{MARKER}", marker.encode())
+        self._agree(lambda: self._clear(where) if self._leads else None)
+        parts = self._agree(lambda: self._write_part(where, snapshot))
+        files = {name: described for part in parts for name, described in part.items()}
+        self._agree(lambda: self._commit(where, snapshot.step, files, before_commit) if self._leads else None)
         return sum(file["bytes"] for file in files.values())
+
+    def _agree(self, call: Callable[[], T]) -> list[T]:
+        """What the call gave on every rank.
+
+        Raises:
+            StorageError: it failed somewhere; the same on all ranks.
+        """
+        try:
+            mine: tuple[Any, str] = call(), ""
+        except (StorageError, OSError, SafetensorError) as error:
+            # safetensors wraps a full disk in an error of its own.
+            mine = None, str(error) if isinstance(error, StorageError) else f"cannot write: {error}"
+        try:
+            found = self._together.gather(mine) if self._together else [mine]
+        except RuntimeError as error:
+            raise StorageError(f"a rank is gone while a checkpoint was being written: {error}") from error
+        failure = next((text for _, text in found if text), "")
+        if failure:
+            raise StorageError(failure)
+        return [value for value, _ in found]
+
+    def _clear(self, where: str) -> None:
+        # A marker of an earlier attempt at this step would vouch for bytes that are being replaced.
+        self._folder.delete([f"{where}/{MARKER}"])
+        if self._together:
+            self._folder.delete_tree(where)  # parts of another number of ranks
+
+    def _write_part(self, where: str, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+        together = self._together
+        name = f"tensors-{together.index + 1:05d}-of-{together.parts:05d}.safetensors" if together else TENSORS
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
+            paths = []
+            if snapshot.tensors:
+                paths.append(Path(scratch, name))
+                write_pieces(paths[-1], snapshot.tensors, snapshot.pieces)
+            if self._leads:
+                paths.append(Path(scratch, STATE))
+                paths[-1].write_text(json.dumps(snapshot.state, sort_keys=True), encoding="utf-8")
+            files = {path.name: _describe(path) for path in paths}
+            for path in paths:
+                self._folder.put(f"{where}/{path.name}", path)
+        return files
+
+    def _commit(
+        self, where: str, step: int, files: dict[str, dict[str, Any]], before_commit: Callable[[], None]
+    ) -> None:
+        before_commit()
+        marker = json.dumps({"version": 1, "step": step, "files": files, "made_by": self.made_by})
+        self._folder.put(f"{where}/{MARKER}", marker.encode())
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, so that it does not fill the disk; best effort, as storage is in trouble."""
@@ -237,4 +340,4 @@ def _verify(path: Path, expected: dict[str, Any]) -> None:
         )
 
 
-__all__ = ["CheckpointError", "CheckpointStore", "Snapshot", "StorageError"]
+__all__ = ["CheckpointError", "CheckpointStore", "MisfitError", "Snapshot", "StorageError", "Together"]

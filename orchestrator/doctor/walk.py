@@ -18,6 +18,7 @@ from torch import Tensor
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.folder import Folder
 from orchestrator.train.engine import Engine
+from orchestrator.train.parallel import whole_gradients
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Silent:
 
     def __init__(self, directory: Path, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
+        self.local_world = world
         self.device = torch.device("cpu")
         self.directory = directory
         self.folder = Folder(str(directory))
@@ -98,8 +100,7 @@ def _listen(engine: Engine, seen: Record) -> None:
 
     def observed(*arguments: Any) -> Any:
         if not seen.gradients:
-            named = task.named_parameters()
-            seen.gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+            seen.gradients.update(whole_gradients(task))
         return update(*arguments)
 
     def drawn(keys_B: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from orchestrator.train.state import TrainState
 class Alone:
     """A `RunContext` of one rank that tells nobody anything."""
 
-    rank, world, attempt = 0, 1, 1
+    rank, world, local_world, attempt = 0, 1, 1, 1
     run_uid = "0" * 32
 
     def __init__(self, directory: Path, device: torch.device) -> None:

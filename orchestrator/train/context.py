@@ -15,6 +15,8 @@ class RunContext(Protocol):
 
     rank: int
     world: int
+    local_world: int
+    """Ranks on this host."""
     device: torch.device
     folder: Folder
     """Run folder on shared storage."""

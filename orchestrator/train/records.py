@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from itpn_core.task import Task
 from orchestrator.config.load import to_yaml
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.manifest import Manifest
@@ -182,25 +183,26 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.tags({"run.state": name, "run.reason": reason})
 
-    def final(self, state: TrainState) -> None:
-        """Exports the averaged (or live) weights and keeps them with the run."""
+    def final(self, task: Task, step: int) -> None:
+        """Exports the final weights in one file and keeps them with the run.
+
+        Args:
+            task: whole, with the weights to export.
+            step: where the run ended.
+        """
         if self._recorder is None:
             return
-        state.average.swap()
-        try:
-            file, kept = self._kind.weights(state.task)
-            tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
-        finally:
-            state.average.swap()
+        file, kept = self._kind.weights(task)
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
         path = self._run.directory / "final" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         model: dict[str, Any] = asdict(self._config.model)
-        save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(state.step)})
+        save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(step)})
         if self._run.folder.local_path() is None:
             self._run.folder.put(f"final/{file}", path)
         self._recorder.artifact(path, "weights")
         if self._config.track.registered_model:
-            self._register(path, model, state.step)
+            self._register(path, model, step)
 
     def _register(self, weights: Path, model: dict[str, Any], step: int) -> None:
         assert self._recorder is not None  # noqa: S101 -- only called with one

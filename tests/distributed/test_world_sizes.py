@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestrator.train.engine import Engine
+from orchestrator.train.parallel import whole_gradients
 from tests.support import LocalRun, tiny_classifier, tiny_config, write_shards
 
 WORDS = ("train.precision=fp64", "train.epochs=4", "checkpoint.every_epochs=0", "train.log_every=1")
@@ -37,9 +38,7 @@ def run_steps(config, rank, world, first=0, last=STEPS):
 
         def observed():
             if engine.state.step == first:
-                seen.gradients.update(
-                    {n: p.grad.clone() for n, p in engine.state.task.named_parameters() if p.grad is not None}
-                )
+                seen.gradients.update(whole_gradients(engine.state.task))
             return real_step()
 
         engine.state.optimizer.step = observed
