@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn_core.errors import ConfigError
+from itpn_core.models.layers import ConcatMerge, ConvMerge
 from itpn_core.task import Task, TaskOutput
 from orchestrator.checkpoint.pieces import Piece, piece_of
 from orchestrator.checkpoint.store import Together
@@ -277,13 +278,14 @@ def units(task: nn.Module) -> list[nn.Module]:
     """Blocks that are gathered one by one: those whose parameters nobody reads but their own forward pass.
 
     Left out, so gathered with the rest of the model: parts of the fusion head, whose layers the student calls itself;
-    blocks with a table of relative biases, which the trunk reads; the stage in which tokens are dropped or gathered.
+    merges, which return a view (FSDP warns of those); blocks with a table of relative biases, which the trunk reads;
+    the stage in which tokens are dropped or gathered.
     """
     reduced = {id(b) for m in task.modules() if getattr(m, "is_reduced", False) for b in getattr(m, "stage3", ())}
     return [
         block
         for block in blocks(task)
-        if not isinstance(block, nn.Sequential)
+        if not isinstance(block, nn.Sequential | ConcatMerge | ConvMerge)
         and id(block) not in reduced
         and not any(name.endswith(BIAS_TABLE) for name, _ in block.named_parameters())
     ]
@@ -299,13 +301,23 @@ def open_mesh(config: TrainConfig, run: RunContext) -> DeviceMesh | None:
         return None
     if config.parallel == "shard":
         return init_device_mesh(run.device.type, (run.world,), mesh_dim_names=("shard",))
-    parts = config.shard_ranks or run.local_world
+    parts = config.shard_ranks or _ranks_of_a_node(run)
     if run.world % parts:
         allowed = f"hybrid needs copies of equal size, and {run.world} workers are no multiple of {parts}"
         hint = "Take another cluster.workers, set train.shard_ranks to a divisor, or take train.parallel=shard."
         raise ConfigError("train.shard_ranks", config.shard_ranks, allowed, hint)
     shape = (run.world // parts, parts)
     return init_device_mesh(run.device.type, shape, mesh_dim_names=("copy", "shard"))
+
+
+def _ranks_of_a_node(run: RunContext) -> int:
+    counts = [0] * run.world
+    dist.all_gather_object(counts, run.local_world)
+    if len(set(counts)) > 1:
+        allowed = f"hybrid cannot follow the nodes, as they have {', '.join(map(str, sorted(set(counts))))} workers"
+        hint = "Set it to the number of workers that share one copy, or take train.parallel=shard."
+        raise ConfigError("train.shard_ranks", 0, allowed, hint)
+    return run.local_world
 
 
 def whole_gradients(task: nn.Module) -> dict[str, Tensor]:
