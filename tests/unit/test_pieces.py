@@ -126,6 +126,7 @@ def test_of_equal_copies_one_writes(tmp_path):
     assert all(torch.equal(loaded.tensors[key], value) for key, value in WHOLE.items())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_torch_distributed_checkpoint_reads_the_files(saved):
     found = {key: torch.zeros(shape) for key, shape in SHAPES.items()} | {"guard/mean": torch.zeros(())}
     place = str(saved / "checkpoints" / "step-00000005")
