@@ -143,7 +143,7 @@ class Writers:
 
     def __init__(self, mesh: DeviceMesh) -> None:
         # A group of its own: its calls come from the writing threads, beside those of the training.
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
         self.rank = dist.get_rank()
         self.parts = mesh.size(mesh.ndim - 1)
         self.index = mesh.get_local_rank(mesh.ndim - 1)
@@ -180,7 +180,7 @@ class Sharded:
         self.pieces = {name: piece_of(tuple(p.shape), index, parts) for name, p in self._cut.items()}
         # Aliases of the rows: fused AdamW and the averages see plain tensors.
         self.trainable = [(name, nn.Parameter(self._rows[name])) for name, p in self._cut.items() if p.requires_grad]
-        self.together: Writers | None = Writers(mesh)
+        self.together: Together | None = Writers(mesh)
 
     def start(self, start: Callable[[Any], None]) -> None:
         """As `Parallel.start`: changes the whole task, takes rank 0's tensors, cuts them."""
