@@ -18,6 +18,7 @@ from torch import Tensor
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.train.context import Silent
 from orchestrator.train.engine import Engine
+from orchestrator.train.parallel import whole_gradients
 
 
 @dataclass
@@ -68,8 +69,7 @@ def _listen(engine: Engine, seen: Record) -> None:
 
     def observed(*arguments: Any) -> Any:
         if not seen.gradients:
-            named = task.named_parameters()
-            seen.gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+            seen.gradients.update(whole_gradients(task))
         return update(*arguments)
 
     def drawn(keys_B: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class RayContext:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world: int = context.get_world_size()
+        self.local_world: int = context.get_local_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.folder = Folder(assignment.folder_uri, assignment.config.data.store)
         self.directory = local_directory(self.folder, assignment.run_uid)

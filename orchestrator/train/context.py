@@ -18,6 +18,8 @@ class RunContext(Protocol):
 
     rank: int
     world: int
+    local_world: int
+    """Ranks on this host."""
     device: torch.device
     folder: Folder
     """Run folder on shared storage."""
@@ -64,7 +66,7 @@ class Silent:
     term = 0
 
     def __init__(self, directory: Path, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.local_world = rank, world, world
         self.device = device or torch.device("cpu")
         self.directory = directory
         self.folder = Folder(str(directory))
