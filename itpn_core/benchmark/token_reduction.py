@@ -106,19 +106,31 @@ def measure_speed(
         # on a CPU the passes that count memory warm up as well
         memory = {name: peak_bytes(function, device) for name, function in eager.items()}
         seconds = interleaved_seconds(calls, device, rounds, warmup=0 if device.type == "cpu" and not compiled else 3)
-    flops = {name: _flops(model.config, images_B3HW, setting) for name, setting in settings.items()}
+    fewer = flops_ratios(model.config, settings, images_B3HW)
     faster, batch = ratios(seconds, PLAIN), len(images_B3HW)
     model.set_token_reduction()
     return [
         SpeedRow(
             name,
-            flops[PLAIN] / flops[name],
+            fewer[name],
             faster[name],
             Spread.of([batch / value for value in seconds[name]]),
             memory[name],
         )
         for name in settings
     ]
+
+
+def flops_ratios(config: ModelConfig, settings: dict[str, Setting], images_B3HW: Tensor) -> dict[str, float]:
+    """How many times fewer FLOPs than unreduced a classifier of this shape needs under each setting.
+
+    Args:
+        config: its shape.
+        settings: name -> setting; must hold `PLAIN`.
+        images_B3HW: only their shape matters.
+    """
+    flops = {name: _flops(config, images_B3HW, setting) for name, setting in settings.items()}
+    return {name: flops[PLAIN] / value for name, value in flops.items()}
 
 
 def _flops(config: ModelConfig, images_B3HW: Tensor, setting: Setting) -> int:

@@ -38,8 +38,8 @@ from itpn_core.benchmark.accuracy import (
     variants,
     variants_table,
 )
-from itpn_core.benchmark.timing import machine
-from itpn_core.benchmark.token_reduction import PLAIN, measured_ratios, quality, quality_table
+from itpn_core.benchmark.timing import Spread, machine
+from itpn_core.benchmark.token_reduction import PLAIN, flops_ratios, measured_ratios, quality, quality_table
 from itpn_core.models import Backbone, ModelConfig, build_backbone
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.tasks import build_task
@@ -150,8 +150,8 @@ def part_b(options: argparse.Namespace, model: Backbone, bank: Data, queries: Da
         for keep in (*options.keeps, 0.875):
             migration = TokenMigration((layer,), (keep,))
             settings[f"migration, keep {keep:g} before layer {layer}"] = (migration, off[1])
-    two = TokenMigration((2, 4), (0.5, 0.5))
-    settings["migration, keep .5 before layers 2 and 4"] = (two, off[1])
+    two = TokenMigration((2, 4), (0.625, 0.6))
+    settings["migration, keep 0.625 before layer 2 and 0.6 before layer 4"] = (two, off[1])
     for layers in ((), (0, 1), (0, 1, 2, 3)):
         left = f", layers {layers} global" if layers else ""
         settings[f"gathering, window 4, 2 tokens{left}"] = (off[0], TokenGathering(4, 2, global_layers=layers))
@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=15000, help="training images")
     parser.add_argument("--bank", type=int, default=4000, help="labelled training images; each seed draws half")
     parser.add_argument("--queries", type=int, default=2500, help="images to classify")
+    parser.add_argument(
+        "--rounds", type=int, default=25, help="timing rounds of compare; 0: equal FLOPs, not equal time"
+    )
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.5, 0.625, 0.75])
     options = parser.parse_args()
@@ -189,7 +192,11 @@ def main() -> None:
         return
     model = backbone(options, options.seeds[0])
     calls = {PLAIN: (TokenMigration(), TokenGathering())} | schedule(options.layer, options.keeps, 0)
-    speeds = measured_ratios(model, calls, queries[0][:64], rounds=7)
+    sample = queries[0][:64]
+    if options.rounds:
+        speeds = measured_ratios(model, calls, sample, options.rounds)
+    else:
+        speeds = {name: Spread(ratio, ratio, ratio) for name, ratio in flops_ratios(CONFIG, calls, sample).items()}
     print(accuracy_table(compare_rules(found, speeds, options.keeps)))
 
 

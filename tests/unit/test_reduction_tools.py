@@ -63,7 +63,7 @@ def test_the_moving_average_teacher_is_never_reduced():
 
 
 def test_an_objective_refuses_a_schedule_that_must_drop_masked_tokens():
-    migration = TokenMigration((1, 2), (0.5, 0.5))
+    migration = TokenMigration((1, 2, 3), (0.625, 0.5, 0.5))
     with pytest.raises(ConfigError, match="masked tokens never go"):
         build_task(ModelConfig(**SMALL, migration=migration), ObjectiveConfig(kind="ema", pyramid_dim=16))
 
