@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure
 
@@ -130,8 +131,12 @@ class Board:
 
 
 def open_board(max_failures: int = 0) -> Any:
-    """Starts the board on the driver's node; it needs no CPU and dies with the driver."""
-    return ray.remote(Board).options(num_cpus=0).remote(max_failures)
+    """Starts the board on the driver's node; it needs no CPU and dies with the driver.
+
+    Left to Ray, an actor without CPUs may land on any node, and the run would lose its board with a worker's host.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote(max_failures)
 
 
 class BoardClient:
