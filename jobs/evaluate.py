@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from orchestrator.config.tree import EvaluateConfig
-from orchestrator.evaluate.job import checkpoint_settings, evaluate
+from orchestrator.evaluate.choice import checkpoint_settings
+from orchestrator.evaluate.job import evaluate
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 

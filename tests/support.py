@@ -79,6 +79,7 @@ class LocalRun:
 
     def __init__(self, config: JobConfig, rank: int = 0, world: int = 1, attempt: int = 1) -> None:
         self.rank, self.world, self.attempt = rank, world, attempt
+        self.local_world = world
         self.device = torch.device("cpu")
         self.folder = Folder(f"{config.run.storage}/{config.run.name}")
         self.directory = Path(config.run.storage) / config.run.name

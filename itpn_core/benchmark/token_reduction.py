@@ -53,7 +53,8 @@ def settings_for(size: int, *, baselines: bool) -> dict[str, Setting]:
     }
     if baselines:
         for rule in ("random", "norm", "merge"):
-            found[f"baseline {rule}: keep .5"] = (TokenMigration((4,), (0.5,), rule=rule), TokenGathering())
+            drop = TokenMigration((4,), (0.5,), rule=rule, restore="parked")
+            found[f"baseline {rule}: keep .5"] = (drop, TokenGathering())
         found["baseline without replenishing"] = (TokenMigration((4,), (0.5,), replenish=False), TokenGathering())
     return found
 
@@ -102,21 +103,34 @@ def measure_speed(
         # each pair of settings is checked as `set_token_reduction` does before anything is timed
         for setting in settings.values():
             model.set_token_reduction(*setting)
-        seconds = interleaved_seconds(calls, device, rounds, warmup=1 if device.type == "cpu" else 3)
+        # on a CPU the passes that count memory warm up as well
         memory = {name: peak_bytes(function, device) for name, function in eager.items()}
-    flops = {name: _flops(model.config, images_B3HW, setting) for name, setting in settings.items()}
+        seconds = interleaved_seconds(calls, device, rounds, warmup=0 if device.type == "cpu" and not compiled else 3)
+    fewer = flops_ratios(model.config, settings, images_B3HW)
     faster, batch = ratios(seconds, PLAIN), len(images_B3HW)
     model.set_token_reduction()
     return [
         SpeedRow(
             name,
-            flops[PLAIN] / flops[name],
+            fewer[name],
             faster[name],
             Spread.of([batch / value for value in seconds[name]]),
             memory[name],
         )
         for name in settings
     ]
+
+
+def flops_ratios(config: ModelConfig, settings: dict[str, Setting], images_B3HW: Tensor) -> dict[str, float]:
+    """How many times fewer FLOPs than unreduced a classifier of this shape needs under each setting.
+
+    Args:
+        config: its shape.
+        settings: name -> setting; must hold `PLAIN`.
+        images_B3HW: only their shape matters.
+    """
+    flops = {name: _flops(config, images_B3HW, setting) for name, setting in settings.items()}
+    return {name: flops[PLAIN] / value for name, value in flops.items()}
 
 
 def _flops(config: ModelConfig, images_B3HW: Tensor, setting: Setting) -> int:
@@ -137,7 +151,6 @@ class QualityRow:
         cosine: mean cosine of pooled features to the unreduced model's.
         knn: accuracy of k-NN on the held-out images.
         difference: accuracy minus the unreduced model's on the same images, with its paired standard error.
-        features: pooled features of bank and held-out images, for a linear probe.
     """
 
     name: str
@@ -145,7 +158,6 @@ class QualityRow:
     cosine: float
     knn: Estimate
     difference: Estimate
-    features: tuple[Tensor, Tensor]
 
 
 def quality(
@@ -157,6 +169,7 @@ def quality(
     batch: int = 64,
     k: int = 10,
     rounds: int = 7,
+    dtype: torch.dtype = torch.float32,
 ) -> list[QualityRow]:
     """What each setting costs in accuracy and saves in time, for a trained backbone.
 
@@ -168,21 +181,12 @@ def quality(
         batch: images per forward pass.
         k: neighbours.
         rounds: timed rounds.
+        dtype: of the forward passes that give features (autocast); speed is measured as the model is.
     """
-    device = next(model.parameters()).device
-    sample = queries[0][:batch].to(device)
-
-    def call(setting: Setting) -> object:
-        model.migration, model.gathering = setting
-        return model(sample)
-
-    features: dict[str, tuple[Tensor, Tensor]] = {}
-    with torch.inference_mode():
-        for name, setting in settings.items():
-            features[name] = pooled_features(model, setting, bank[0], queries[0], batch)
-        calls = {name: partial(call, setting) for name, setting in settings.items()}
-        faster = ratios(interleaved_seconds(calls, device, rounds, warmup=1), PLAIN)
-    model.set_token_reduction()
+    features = {
+        name: pooled_features(model, setting, bank[0], queries[0], batch, dtype) for name, setting in settings.items()
+    }
+    faster = measured_ratios(model, settings, queries[0][:batch], rounds)
     correct = {n: knn_classify(b, bank[1], q, k) == queries[1] for n, (b, q) in features.items()}
     return [
         QualityRow(
@@ -191,23 +195,64 @@ def quality(
             F.cosine_similarity(features[name][1], features[PLAIN][1]).mean().item(),
             accuracy(correct[name]),
             paired_difference(correct[name], correct[PLAIN]),
-            features[name],
         )
         for name in settings
     ]
 
 
+@torch.inference_mode()
+def measured_ratios(
+    model: Backbone, settings: dict[str, Setting], images_B3HW: Tensor, rounds: int
+) -> dict[str, Spread]:
+    """How many times faster than unreduced each setting is, all interleaved.
+
+    Args:
+        model: in eval mode; its settings are off afterwards.
+        settings: name -> setting; must hold `PLAIN`.
+        images_B3HW: the batch that every setting sees.
+        rounds: timed rounds.
+    """
+    device = next(model.parameters()).device
+    sample = images_B3HW.to(device)
+
+    def call(setting: Setting) -> object:
+        model.migration, model.gathering = setting
+        return model(sample)
+
+    for setting in settings.values():
+        model.set_token_reduction(*setting)
+    calls = {name: partial(call, setting) for name, setting in settings.items()}
+    seconds = interleaved_seconds(calls, device, rounds, warmup=1)
+    model.set_token_reduction()
+    return ratios(seconds, PLAIN)
+
+
 @torch.no_grad()
 def pooled_features(
-    model: Backbone, setting: Setting, bank: Tensor, queries: Tensor, batch: int
+    model: Backbone,
+    setting: Setting,
+    bank: Tensor,
+    queries: Tensor,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    """What a headless backbone returns for two sets of images under a setting: float32 [N, E] and [M, E] on the CPU."""
+    """What a headless backbone returns for two sets of images under a setting: float32 [N, E] and [M, E] on the CPU.
+
+    Args:
+        model: in eval mode; its settings are off afterwards.
+        setting: migration and gathering.
+        bank: normalised images.
+        queries: others.
+        batch: images per forward pass.
+        dtype: of the forward pass; below float32 by autocast.
+    """
     device = next(model.parameters()).device
     model.set_token_reduction(*setting)
     found = []
     for images in (bank, queries):
         parts = images.tensor_split(tuple(range(batch, len(images), batch)))
-        found.append(torch.cat([model(part.to(device)).float().cpu() for part in parts]))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            found.append(torch.cat([model(part.to(device)).float().cpu() for part in parts]))
     model.set_token_reduction()
     return found[0], found[1]
 

@@ -53,7 +53,7 @@ class ObjectiveConfig:
     )
     loss_tokens: str = field(
         default="masked",
-        metadata={"help": "fast: masked | all; masked is published, all learns faster in short runs (ours)"},
+        metadata={"help": "fast, ema: masked | all; masked is published, all learns faster in short runs (ours)"},
     )
     target_norm: str = field(
         default="auto",
@@ -114,12 +114,12 @@ def check_objective(config: ObjectiveConfig) -> None:
     _one_of("objective.kind", config.kind, OBJECTIVES)
     _one_of("objective.mask", config.mask, MASKS)
     _one_of("objective.loss_tokens", config.loss_tokens, LOSS_TOKENS)
-    if config.loss_tokens == "all" and config.kind != "fast":
+    if config.loss_tokens == "all" and config.kind not in ("fast", "ema"):
         raise ConfigError(
             "objective.loss_tokens",
             config.loss_tokens,
             f"must be masked when objective.kind is {config.kind}",
-            "clip always learns from all tokens, pixel and ema from the masked ones.",
+            "clip always learns from all tokens, pixel from the masked ones.",
         )
     _one_of("objective.target_norm", config.target_norm, TARGET_NORMS)
     _between("objective.mask_ratio", config.mask_ratio, 0, 1)

@@ -51,7 +51,8 @@ class EmaTask(PretrainTask):
 
     The student sees the masked image; the teacher, in evaluation mode, the same crop without a mask. Targets are the
     three pyramid levels, LayerNorm without affine per cell, or with `target_norm=instance` standardised per image and
-    channel. Each level's loss is a mean over its cells and channels.
+    channel. Each level's loss is a mean over its cells and channels. With `loss_tokens=all` (ours) the cells of visible
+    patches count too: the features of whole images, which evaluation reads, are then trained directly.
 
     Args:
         model: shape of the student (family "fast").
@@ -77,8 +78,10 @@ class EmaTask(PretrainTask):
         levels = [at_least_float32(level) for level in levels]
         return tuple(self._norm(level) for level in levels)
 
-    def _masked_patches(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
-        """Cells of the masked patches [B, M, S, F]; M is the same for every sample, so shapes stay static."""
+    def _scored(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
+        """Cells that count in the loss: of the masked patches [B, M, S, F] (M is the same everywhere), or of all."""
+        if self.config.loss_tokens == "all":
+            return level_BNSF
         index_BM = mask_BN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.mask_count]
         index = index_BM[:, :, None, None].expand(-1, -1, *level_BNSF.shape[2:])
         return level_BNSF.gather(1, index)
@@ -89,8 +92,8 @@ class EmaTask(PretrainTask):
         _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
         losses: dict[str, Tensor] = {}
         for name, predict, level, target in zip(LEVELS, self.predictors, levels, targets, strict=True):
-            prediction = predict(self._masked_patches(mask_BN, level))
-            losses[f"loss_{name}"] = smooth_l1(at_least_float32(prediction), self._masked_patches(mask_BN, target))
+            prediction = predict(self._scored(mask_BN, level))
+            losses[f"loss_{name}"] = smooth_l1(at_least_float32(prediction), self._scored(mask_BN, target))
         total_B = sum(weight * loss_B for weight, loss_B in zip(self._weights, losses.values(), strict=True))
         return TaskOutput(total_B, {name: loss_B.detach() for name, loss_B in losses.items()})  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ RULES = ("redundancy", "random", "norm", "merge")
 SIMILARITIES = ("features", "keys")
 PARTNERS = ("checkerboard", "neighbours")
 POOLS = ("grid", "survivors")
+RESTORES = ("carried", "parked")
 
 
 Config = TypeVar("Config", "TokenMigration", "TokenGathering")
@@ -84,6 +85,13 @@ class TokenMigration:
     replenish: bool = field(
         default=True, metadata={"help": "put parked tokens back at the end; false leaves their cells zero (baseline)"}
     )
+    restore: str = field(
+        default="carried",
+        metadata={
+            "help": "what a dropped cell holds at the end: carried (its value at the drop plus what its most similar "
+            "survivor gained since) | parked (the value alone); merge and replenish = false do not read it"
+        },
+    )
     pool: str = field(
         default="grid", metadata={"help": "tokens that classification averages: grid (all) | survivors (undropped)"}
     )
@@ -103,6 +111,7 @@ class TokenMigration:
         _check_choice("TokenMigration.similarity", self.similarity, SIMILARITIES)
         _check_choice("TokenMigration.partners", self.partners, PARTNERS)
         _check_choice("TokenMigration.rule", self.rule, RULES)
+        _check_choice("TokenMigration.restore", self.restore, RESTORES)
         _check_choice("TokenMigration.pool", self.pool, POOLS)
         if self.rule == "merge" and not self.replenish:
             raise ConfigError(
@@ -135,6 +144,11 @@ class TokenMigration:
     def two_sided(self) -> bool:
         """Whether only one checkerboard colour may be dropped per step."""
         return self.rule == "merge" or (self.rule == "redundancy" and self.partners == "checkerboard")
+
+    @property
+    def carries(self) -> bool:
+        """Whether dropped tokens take part in what their most similar survivors gain."""
+        return self.restore == "carried" and self.replenish and self.rule != "merge"
 
     @property
     def active(self) -> bool:

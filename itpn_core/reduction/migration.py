@@ -7,6 +7,8 @@ The definitions are this project's; each function has a slow plain twin in `itpn
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,8 @@ KEEP = float("-inf")
 # A masked token of pre-training may go only after every visible one; cosines lie in [-1, 1].
 _OTHER_COLOUR_TIER = -4.0
 _MASKED_SCORE = -1e30
+# Partners of the last resort: a masked token before a pad.
+_MASKED_PARTNER, _PAD_PARTNER = -2.0, -3.0
 
 
 def unit(features_BND: Tensor) -> Tensor:
@@ -180,6 +184,52 @@ def park(parked_BSE: Tensor | None, x_BNE: Tensor, slot_BN: Tensor | None) -> Te
 def restore(parked_BSE: Tensor | None, x_BNE: Tensor, slot_BN: Tensor | None) -> Tensor:
     """The full grid after the last block: survivors over their cells, parked values in all others."""
     return park(parked_BSE, x_BNE, slot_BN)
+
+
+@dataclass(frozen=True)
+class Carry:
+    """One drop whose tokens take part in what their most similar survivors gain.
+
+    Attributes:
+        go: slots of the tokens that went, int64 [B, K].
+        partner: slot of each one's most similar survivor, int64 [B, K].
+        before: the partners' values at the drop [B, K, E].
+    """
+
+    go: Tensor
+    partner: Tensor
+    before: Tensor
+
+
+def nearest_survivor(
+    features_BND: Tensor, go_BK: Tensor, stay_BM: Tensor, pads_BN: Tensor | None, masked_BN: Tensor | None
+) -> Tensor:
+    """The place of the most similar token that stays, for every token that goes: int64 [B, K].
+
+    Args:
+        features_BND: what tokens are compared by.
+        go_BK: places that go.
+        stay_BM: places that stay.
+        pads_BN: bool, pads of windows, never a partner; None = none.
+        masked_BN: bool, tokens that stand for masked patches: partners only where nothing else stays; None = none.
+    """
+    unit_BND = unit(features_BND)
+    similarity_BKM = cosines(take(unit_BND, go_BK), take(unit_BND, stay_BM))
+    for worse_BN, value in ((masked_BN, _MASKED_PARTNER), (pads_BN, _PAD_PARTNER)):
+        if worse_BN is not None:
+            similarity_BKM = similarity_BKM.masked_fill(worse_BN.gather(1, stay_BM)[:, None], value)
+    return stay_BM.gather(1, similarity_BKM.argmax(2))
+
+
+def carry(grid_BSE: Tensor, drops: list[Carry]) -> Tensor:
+    """Adds to each dropped token what its partner gained since; the last drop first, so that gains pass on.
+
+    A token whose partner gained nothing keeps its parked value bit for bit.
+    """
+    for drop in reversed(drops):
+        gain_BKE = take(grid_BSE, drop.partner) - drop.before
+        grid_BSE = put(grid_BSE, drop.go, take(grid_BSE, drop.go) + gain_BKE)
+    return grid_BSE
 
 
 def mean_of(x_BNE: Tensor, chosen_BN: Tensor) -> Tensor:

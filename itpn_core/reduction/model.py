@@ -56,7 +56,8 @@ class Reducible(nn.Module):
         trunk = cast("Trunk", self)
         migration, gathering = as_migration(migration), as_gathering(gathering)
         check_window(gathering, trunk.grid)
-        plan = make_plan(migration, gathering, trunk.config.depths[2], trunk.grid)
+        with torch.device("cpu"):  # its indices are needed here, also where a model is built on the meta device
+            plan = make_plan(migration, gathering, trunk.config.depths[2], trunk.grid)
         if self.computes_visible_only:
             _check_sparse(migration, gathering, plan)
         else:

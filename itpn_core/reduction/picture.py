@@ -17,7 +17,9 @@ KEPT = -1
 # one per drop, told apart also in grey: blue, orange, green, violet (then again)
 LAYER_COLOURS = ((0.12, 0.44, 0.71), (0.93, 0.55, 0.17), (0.23, 0.63, 0.38), (0.60, 0.35, 0.71))
 _LINE_COLOUR = (1.0, 1.0, 1.0)
-_TINT = 0.72
+_TINT = 0.8
+# how bright a tint is over black: dark parts must show it too
+_FLOOR = 0.65
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def overlay(images_B3HW: Tensor, seen: Observation) -> Tensor:
     for index, layer in enumerate(seen.layers):
         colour = torch.tensor(LAYER_COLOURS[index % len(LAYER_COLOURS)])
         # the image stays readable as brightness of the tint
-        tinted = _TINT * colour * (0.35 + 0.65 * grey) + (1 - _TINT) * grey
+        tinted = _TINT * colour * (_FLOOR + (1 - _FLOOR) * grey) + (1 - _TINT) * grey
         picture = torch.where((layer_BHW == layer).unsqueeze(-1), tinted, picture)
     if seen.window is not None:
         line = torch.tensor(_LINE_COLOUR)

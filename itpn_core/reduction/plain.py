@@ -112,6 +112,7 @@ class PlainImage:
         self.grid_tokens: list[Tensor] = [torch.zeros_like(x) if not migration.replenish else x for x in x_NE]
         self.owner = list(self.cells)
         self.sizes = [1.0] * len(self.cells)
+        self.carried: list[tuple[int, int, Tensor]] = []
         self.drops = 0
         self.keys = content_keys(x_NE[None])
         self.g, self.g_window = self._start(tokens_GE)
@@ -141,6 +142,8 @@ class PlainImage:
             self.layer(block, layer)
         for cell, token in zip(self.cells, self.x, strict=True):
             self.grid_tokens[cell] = token
+        for cell, partner, before in reversed(self.carried):
+            self.grid_tokens[cell] = self.grid_tokens[cell] + (self.grid_tokens[partner] - before)
         return torch.stack([self.grid_tokens[owner] for owner in self.owner])
 
     def drop(self, block: Block, layer: int, ratio: float) -> None:
@@ -157,8 +160,18 @@ class PlainImage:
         elif self.migration.replenish:
             for cell, token in zip(self.cells, self.x, strict=True):
                 self.grid_tokens[cell] = token
+            if self.migration.carries:
+                self.carry(stay, self.features(block))
         self.cells, self.window = [self.cells[i] for i in stay], [self.window[i] for i in stay]
         self.x, self.sizes = self.x[stay], [self.sizes[i] for i in stay]
+
+    def carry(self, stay: list[int], features: Tensor) -> None:
+        """Every token that goes will gain what its most similar survivor gains from now on."""
+        unit = F.normalize(features.detach().float(), dim=-1)
+        visible = [j for j in stay if self.cells[j] not in self.masked] or stay
+        for i in sorted(set(range(len(self.cells))) - set(stay)):
+            partner = max(visible, key=lambda j: float(unit[i] @ unit[j]))
+            self.carried.append((self.cells[i], self.cells[partner], self.x[partner]))
 
     def features(self, block: Block) -> Tensor:
         """What the score compares."""

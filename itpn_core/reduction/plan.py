@@ -188,6 +188,8 @@ def _schedule(
         _check_ratio(f"TokenMigration.keep[{index}]", ratio, entering, kept, room_W, order)
         if kept == entering:
             continue
+        if two_sided and not sum(left[1 - colour] for left in left_WC):
+            _refuse_no_partners(index, ratio)
         lost = (entering - kept) // order.windows
         drops.append(Drop(layer, entering, kept, lost, length, colour, sum(left[colour] for left in left_WC)))
         length -= lost
@@ -198,6 +200,16 @@ def _schedule(
                 # only the sum counts when either colour may go
                 left[0], left[1] = sum(left) - lost, 0
     return tuple(drops)
+
+
+def _refuse_no_partners(index: int, ratio: float) -> None:
+    raise ConfigError(
+        f"TokenMigration.keep[{index}]",
+        ratio,
+        "needs tokens of the other checkerboard colour to compare with, but the drop before took them all",
+        "The nearest legal ratios here: 1 (keeps all); or keep more than half in the drop before, or use "
+        "partners = 'neighbours'.",
+    )
 
 
 def _check_ratio(where: str, ratio: float, entering: int, kept: int, room_W: list[int], order: WindowOrder) -> None:

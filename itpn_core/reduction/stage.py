@@ -90,6 +90,7 @@ class ReducedStage:
         self.parked_BSE: Tensor | None = None
         self.owner_BS: Tensor | None = None
         self.size_BS: Tensor | None = None
+        self.carried: list[move.Carry] = []
         self.history: list[tuple[int, Tensor]] = []
 
     def run(self, blocks: list[Block], x_BNE: Tensor, taps: tuple[int, ...] = ()) -> StageOutput:
@@ -139,7 +140,7 @@ class ReducedStage:
     def full_grid(self, z_BTE: Tensor) -> Tensor:
         """Survivors and parked tokens, every cell once, row-major [B, N, E]."""
         x_BSE = z_BTE[:, self.plan.gathering_tokens :]
-        grid_BSE = move.restore(self.parked_BSE, x_BSE, self.slot_BS)
+        grid_BSE = move.carry(move.restore(self.parked_BSE, x_BSE, self.slot_BS), self.carried)
         if self.owner_BS is not None:
             grid_BSE = take(grid_BSE, self.owner_BS)
         return from_windows(grid_BSE, self.plan.order)
@@ -164,6 +165,8 @@ class ReducedStage:
             x_BSE = self.merge(x_BSE, slot_BS, go, partner_BS, stay)
         elif self.migration.replenish:
             self.parked_BSE = move.park(self.parked_BSE, x_BSE, self.slot_BS)
+            if self.migration.carries:
+                self.remember(block, z_BTE, stay, go)
         elif self.parked_BSE is None:
             self.parked_BSE = torch.zeros_like(x_BSE)
         self.slot_BS = slot_BS.gather(1, stay)
@@ -181,9 +184,7 @@ class ReducedStage:
         if rule == "random":
             keys_B = derive(self.keys_B + self.migration.seed, f"token_migration/{drop.layer}")
             return self.guarded(move.random_score(keys_B, x_BSE.shape[1]), cells, pads_BS), None
-        features = x_BSE
-        if self.migration.similarity == "keys":
-            features = block.attn.key(block.norm1(x_BSE)).mean(1)
+        features = self.features(block, x_BSE)
         if rule == "norm":
             return self.guarded(move.norm_score(features), cells, pads_BS), None
         colour = (cells // self.plan.grid[1] + cells % self.plan.grid[1]) % 2
@@ -199,6 +200,19 @@ class ReducedStage:
         if rule == "merge":
             return move.best_partner(features, droppable, partners)
         return move.redundancy_halves(features, droppable, partners), None
+
+    def features(self, block: Block, x_BSE: Tensor) -> Tensor:
+        """What tokens are compared by: [B, S', D]."""
+        return block.attn.key(block.norm1(x_BSE)).mean(1) if self.migration.similarity == "keys" else x_BSE
+
+    def remember(self, block: Block, z_BTE: Tensor, stay: Tensor, go: Tensor) -> None:
+        """Notes the most similar survivor of each token that goes, and that survivor's value now."""
+        x_BSE, slot_BS, cells = z_BTE[:, self.plan.gathering_tokens :], self.slots(z_BTE), self.cells(z_BTE)
+        with torch.no_grad():
+            features, pads_BS = self.features(block, x_BSE), self.pads(x_BSE.shape[0])
+            partner_BK = move.nearest_survivor(features, go, stay, pads_BS, self.masked(cells))
+        before_BKE = take(x_BSE, partner_BK)
+        self.carried.append(move.Carry(slot_BS.gather(1, go), slot_BS.gather(1, partner_BK), before_BKE))
 
     def pads(self, batch: int) -> Tensor | None:
         """True in pad slots of the current sequence, bool [B, S']; None without pads."""

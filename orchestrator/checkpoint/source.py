@@ -1,4 +1,4 @@
-"""A backbone from wherever its weights are: a run, a file of ours, a published checkpoint, an exported folder."""
+"""Weights from wherever they are: a run, a file of ours, a published checkpoint, an exported folder."""
 
 from __future__ import annotations
 
@@ -13,36 +13,60 @@ from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from itpn_core.errors import UserError, WeightsError
+from itpn_core.errors import WeightsError
 from itpn_core.models.backbone import Backbone
 from itpn_core.models.checkpoint import infer_config, read_weights
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.importer import LoadReport, load_checkpoint
 from itpn_core.models.pyramid import PYRAMID_DIM, default_depth
-from orchestrator.checkpoint.store import CheckpointStore
+from itpn_core.reduction.model import GATHERING_TOKENS
+from orchestrator.checkpoint.store import CheckpointStore, Snapshot
+from orchestrator.config.schema import nested
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
+from orchestrator.launch.record import KEY, RunRecord
 
 METADATA = "model"
 """Key of the safetensors metadata that holds the `ModelConfig` as JSON."""
+WEIGHTS = "backbone.safetensors"
+CLASSIFIER = "classifier.safetensors"
+EXPORTS = tuple(f"{folder}{name}" for folder in ("final/", "weights/", "") for name in (WEIGHTS, CLASSIFIER))
+"""What a run leaves, and the same files by themselves."""
+_FOLDER = "model.safetensors"  # of a folder written by jobs/export.py
+_FILES = (".safetensors", ".pt", ".pth", ".bin")
+_FACTS = ("step", "run", "objective", "data", "weights")
 _STEM = "patch_embed.proj.weight"
 _PYRAMID = "align_dim_16tofpn.weight"
-_FILES = (".safetensors", ".pt", ".pth", ".bin")
+_PYRAMID_PARTS = ("align_dim_", "fpn_modules.", "split_", "block_16to8", "block_8to4")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights under official names and what is known about them."""
+    """Weights under official names and what is known about them.
 
-    where: str
-    """The place as the user gave it, and the part of it that was read."""
+    Attributes:
+        place: where they were found, for people.
+        kind: "run", "weights" (a file of ours) or "published".
+        model: shape, with the reduction that they were trained with.
+        state: tensors under official names.
+        step: optimiser step; -1 unknown.
+        mean: what the images were normalised with, per channel.
+        std: as `mean`.
+        facts: what a model card should say: run, step, objective, data.
+        record: of the run that made them, when it lies beside them.
+        folder: of that run.
+    """
+
+    place: str
+    kind: str
     model: ModelConfig
-    state: dict[str, Tensor] = field(repr=False)
+    state: Mapping[str, Tensor] = field(repr=False)
+    step: int = -1
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    """What the images were normalised with, per channel."""
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    facts: dict[str, str] = field(default_factory=dict)
-    """What a model card should say: run, step, objective, data."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    record: RunRecord | None = None
+    folder: Folder | None = None
 
     @property
     def pyramid_dim(self) -> int:
@@ -82,133 +106,159 @@ class Source:
             self.state if with_pyramid else {k: v for k, v in self.state.items() if not k.startswith(_PYRAMID_PARTS)}
         )
         report = load_checkpoint(backbone, state, quiet=True)
-        return backbone, replace(report, source=self.where)
+        return backbone, replace(report, source=self.place)
+
+    def headless(self) -> Backbone:
+        """What is evaluated: the backbone in evaluation mode, at its own size, without reduction or classifier.
+
+        Raises:
+            WeightsError: tensors are missing or of another shape.
+        """
+        norm = "pooled" if "fc_norm.weight" in self.state else "tokens"
+        model, report = self.build(pyramid=False, num_classes=0, final_norm=norm)
+        missing = sorted(report.missing.keys() - {GATHERING_TOKENS})
+        if missing:
+            raise WeightsError(f"{self.place}: lacks {', '.join(missing[:3])} of the model that its settings describe.")
+        if GATHERING_TOKENS in self.state:
+            # trained ones, which a later setting may ask for although the weights' own settings do not
+            model.load_state_dict({GATHERING_TOKENS: self.state[GATHERING_TOKENS]}, strict=False)
+        model.set_token_reduction()
+        return model.eval()
 
 
-_PYRAMID_PARTS = ("align_dim_", "fpn_modules.", "split_", "block_16to8", "block_8to4")
-
-
-def read_source(place: str, store: StoreConfig | None = None, *, num_heads: int = 0) -> Source:
-    """Reads weights, wherever they are.
+def open_source(place: str, store: StoreConfig | None = None, *, num_heads: int = 0, pyramid: bool = False) -> Source:
+    """Finds and reads weights.
 
     Args:
-        place: a run's folder or URI (its newest whole checkpoint, averaged weights where the run keeps them), a
-            `.safetensors` of ours (its metadata describes the model), a published `.pt` or `.pth` (described by its
-            keys), or a folder written by `jobs/export.py`.
+        place: a run's folder or URI (its exported weights, else its newest whole checkpoint, averaged weights where the
+            run keeps them), a `.safetensors` of ours (its metadata describes the model), a published `.pt` or `.pth`
+            (described by its keys), or a folder written by `jobs/export.py`.
         store: endpoint and time limits of object stores.
         num_heads: attention heads of a published file whose keys do not tell; 0 = 64 wide.
+        pyramid: take a run's checkpoint first, which holds the pyramid of pre-training; its exports do not.
 
     Raises:
-        WeightsError: there is nothing that can be read as weights of an iTPN model.
+        WeightsError: there is nothing that can be read as weights of an iTPN model; the message says what was looked
+            for.
     """
     if not place:
         raise WeightsError("no source given. Name a run folder, a .safetensors file or a published .pt/.pth file.")
+    if "://" not in place:
+        path = Path(place).expanduser().absolute()
+        if path.is_dir():
+            return _from_folder(Folder(str(path), store), pyramid)
+        if not path.is_file():
+            raise WeightsError(
+                f"source {path}: no such file or directory. Give a run folder, or a {', '.join(_FILES)} file."
+            )
+        return _from_file(path, place, num_heads)
     if place.endswith(_FILES):
-        if "://" not in place:
-            return _from_file(Path(place).expanduser(), place, num_heads)
         parent, _, name = place.rpartition("/")
-        with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
-            _fetch(Folder(parent, store), name, Path(scratch, name), place)
-            return _from_file(Path(scratch, name), place, num_heads)
-    if "://" not in place and not Path(place).expanduser().is_dir():
-        raise WeightsError(
-            f"source {place!r}: no such file or folder. Give a run folder, or a {', '.join(_FILES)} file."
-        )
-    return _from_folder(Folder(place if "://" in place else str(Path(place).expanduser().absolute()), store), place)
+        return _from_object(Folder(parent, store), name, place, num_heads)
+    return _from_folder(Folder(place, store), pyramid)
 
 
-def _fetch(folder: Folder, key: str, destination: Path, place: str) -> None:
-    try:
-        folder.download(key, destination)
-    except FileNotFoundError:
-        raise WeightsError(f"source {place!r}: no such object.") from None
+def _from_object(folder: Folder, key: str, place: str, num_heads: int = 0) -> Source:
+    """A file in a folder that may be remote."""
+    with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
+        path = folder.local_path(key) or Path(scratch, Path(key).name)
+        try:
+            if folder.local_path() is None:
+                folder.download(key, path)
+        except FileNotFoundError:
+            raise WeightsError(f"source {place}: no such object.") from None
+        return _from_file(path, place, num_heads)
 
 
 def _from_file(path: Path, place: str, num_heads: int = 0) -> Source:
+    """A file of ours says in its header what it is; any other goes through the importer."""
     state = read_weights(path)
-    described = _metadata(path) if path.suffix == ".safetensors" else {}
-    if METADATA not in described:
-        return Source(place, infer_config(state, num_heads, place), state, facts={"weights": path.name})
-    facts = {key: value for key, value in described.items() if key in ("step", "run", "objective", "data", "weights")}
+    header = _header(path, place) if path.suffix == ".safetensors" else {}
+    facts = {"weights": path.name, **{key: value for key, value in header.items() if key in _FACTS and value}}
+    if METADATA not in header:
+        return Source(place, "published", infer_config(state, num_heads, place), state, facts=facts)
     try:
-        config = model_config(json.loads(described[METADATA]))
-        mean, std = (tuple(json.loads(described[key])) if key in described else None for key in ("mean", "std"))
+        config = model_config(json.loads(header[METADATA]), place)
+        mean, std = (tuple(json.loads(header.get(key, "[]"))) for key in ("mean", "std"))
+        step = int(header.get("step", "-1"))
     except (ValueError, TypeError) as error:
-        raise WeightsError(f"source {place!r}: its metadata describes no model of this version: {error}") from None
-    return Source(
-        place,
-        config,
-        state,
-        mean or IMAGENET_DEFAULT_MEAN,
-        std or IMAGENET_DEFAULT_STD,
-        {"weights": path.name, **facts},
-    )
+        raise WeightsError(f"source {place}: its metadata describes no model of this version: {error}") from None
+    mean, std = mean or IMAGENET_DEFAULT_MEAN, std or IMAGENET_DEFAULT_STD
+    return Source(place, "weights", config, state, step, mean, std, facts)
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _header(path: Path, place: str) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError):
-        return {}
+    except SafetensorError as error:
+        raise WeightsError(f"source {place}: {error}") from None
 
 
-def _from_folder(folder: Folder, place: str) -> Source:
-    if folder.exists("run.json"):
-        return _from_run(folder, place)
-    names = folder.names()
-    found = next((name for name in ("model.safetensors", "backbone.safetensors") if name in names), "")
-    if not found:
+def _from_folder(folder: Folder, pyramid: bool) -> Source:
+    record = _record(folder)
+    snapshot = _newest(folder) if record and pyramid else None
+    found = None if snapshot else next((key for key in (*EXPORTS, _FOLDER) if folder.exists(key)), None)
+    if found:
+        source = _from_object(folder, found, f"{folder.uri}/{found}")
+        return source if record is None else _of_run(source, folder, record)
+    snapshot = snapshot or (_newest(folder) if record else None)
+    if snapshot is None or record is None:
+        looked, held = ", ".join((*EXPORTS, _FOLDER, "checkpoints/step-*")), ", ".join(folder.names()[:6])
         raise WeightsError(
-            f"source {place!r}: holds neither run.json (a run) nor model.safetensors (an exported folder); it holds "
-            f"{', '.join(names[:6]) or 'nothing'}. Name the run's own folder, below run.storage."
+            f"{folder.uri}: no weights there; looked for {looked} (the last beside {KEY}), the folder holds "
+            f"{held or 'nothing'}. Name the run's own folder, below run.storage."
         )
-    with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
-        _fetch(folder, found, Path(scratch, found), place)
-        return replace(_from_file(Path(scratch, found), place), where=f"{place} ({found})")
+    place = f"{folder.uri}/checkpoints/step-{snapshot.step:08d}"
+    averaged, state = student_state(snapshot.tensors, place)
+    facts = {"step": str(snapshot.step), "weights": "moving average" if averaged else "live"}
+    model = model_config(_settings(record, place).get("model"), place)
+    return _of_run(Source(place, "run", model, state, snapshot.step, facts=facts), folder, record)
 
 
-def _from_run(folder: Folder, place: str) -> Source:
-    try:
-        record = json.loads(folder.get("run.json"))
-        settings = nested(record["fields"])
-        config = model_config(settings["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"source {place!r}: its run.json is damaged or of another version: {error}") from None
-    objective = settings.get("objective") or settings.get("finetune", {})
-    facts = {
-        "run": folder.uri.rsplit("/", 1)[-1],
-        "objective": str(objective.get("kind", "")),
-        "data manifest": str(settings.get("data", {}).get("manifest", ""))[:12],
-    }
-    mean, std = _normalisation(settings)
+def _newest(folder: Folder) -> Snapshot | None:
     store = CheckpointStore(folder, keep=1)
     try:
-        snapshot = store.load_newest()
+        return store.load_newest()
     finally:
         store.close()
-    if snapshot is not None:
-        averaged, state = student_state(snapshot.tensors, place)
-        facts |= {"step": str(snapshot.step), "weights": "moving average" if averaged else "live"}
-        return Source(f"{place} (checkpoint of step {snapshot.step})", config, state, mean, std, _filled(facts))
-    finals = [name for name in folder.names("final") if name.endswith(".safetensors")]
-    if not finals:
-        raise WeightsError(f"source {place!r}: this run has no checkpoint yet; let it reach its first one.")
-    with tempfile.TemporaryDirectory(prefix="weights-") as scratch:
-        path = Path(scratch, finals[0])
-        _fetch(folder, f"final/{finals[0]}", path, place)
-        return Source(f"{place} (final weights)", config, read_weights(path), mean, std, _filled(facts))
 
 
-def _normalisation(settings: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of the run's images: of its objective, or of whatever section trained it; else ImageNet's."""
-    sections = [settings.get("objective"), *settings.values()]
-    found = next((s for s in sections if isinstance(s, dict) and s.get("mean") and s.get("std")), {})
-    return tuple(found.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(found.get("std", IMAGENET_DEFAULT_STD))
+def _record(folder: Folder) -> RunRecord | None:
+    try:
+        return RunRecord(**json.loads(folder.get(KEY)))
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{folder.uri}/{KEY} is damaged or of another version: {error}") from None
 
 
-def _filled(facts: dict[str, str]) -> dict[str, str]:
-    return {key: value for key, value in facts.items() if value}
+def _settings(record: RunRecord, place: str) -> dict[str, Any]:
+    try:
+        return nested(record.fields)
+    except (AttributeError, TypeError) as error:
+        raise WeightsError(f"source {place}: {KEY} is damaged or of another version: {error}") from None
+
+
+def _of_run(source: Source, folder: Folder, record: RunRecord) -> Source:
+    """The same weights with what their run knows about them."""
+    settings = _settings(record, source.place)
+    trained = settings.get("objective") or settings.get("finetune") or {}
+    facts = {
+        **source.facts,
+        "run": folder.uri.rsplit("/", 1)[-1],
+        "objective": str(trained.get("kind", "")),
+        "data manifest": str(settings.get("data", {}).get("manifest", ""))[:12],
+    }
+    return replace(
+        source,
+        kind="run",
+        mean=tuple(trained.get("mean") or source.mean),
+        std=tuple(trained.get("std") or source.std),
+        facts={key: value for key, value in facts.items() if value},
+        folder=folder,
+        record=record,
+    )
 
 
 def student_state(tensors: Mapping[str, Tensor], place: str) -> tuple[bool, dict[str, Tensor]]:
@@ -223,7 +273,7 @@ def student_state(tensors: Mapping[str, Tensor], place: str) -> tuple[bool, dict
     stems = [key.removesuffix(_STEM) for key in tensors if key.startswith("task/") and key.endswith(_STEM)]
     prefix = next((stem for stem in stems if "student" in stem), stems[0] if stems else "")
     if not prefix:
-        raise WeightsError(f"source {place!r}: its checkpoint holds no iTPN model.")
+        raise WeightsError(f"source {place}: its checkpoint holds no iTPN model.")
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     averages = {key.removeprefix("average/"): value for key, value in tensors.items() if key.startswith("average/")}
     inner = prefix.removeprefix("task/")
@@ -233,31 +283,13 @@ def student_state(tensors: Mapping[str, Tensor], place: str) -> tuple[bool, dict
     return bool(averages), state
 
 
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dictionaries."""
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = value
-    return tree
-
-
-def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+def model_config(settings: Any, place: str) -> ModelConfig:
     """A `ModelConfig` from plain (JSON) values; unknown fields are refused.
 
     Raises:
-        UserError: values that make no model.
+        WeightsError: values that make no model of this version.
     """
     try:
-        return ModelConfig(**{key: _tuples(value) for key, value in settings.items()})
-    except TypeError as error:
-        raise UserError(f"model settings of another version: {error}") from None
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(held) for key, held in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+        return ModelConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"source {place}: its settings describe no model of this version: {error}") from None

@@ -4,10 +4,14 @@ Layout under `<run>/checkpoints/`:
 
     step-00000120/00000002-0001-tensors.safetensors   every tensor of the training state
     step-00000120/00000002-0001-state.json            step, counters, fingerprints
-    step-00000120/COMMITTED.json   names, sizes and SHA-256 of the two; written last, its presence is the commit
+    step-00000120/COMMITTED.json   names, sizes and SHA-256 of the others; written last, its presence is the commit
 
 In front of a name stand the writer's fencing number (`runlog.py`) and a number of the save: a writer that slept while
 another took the run cannot touch the other's files when it wakes, and the run log refuses its commit.
+
+Where ranks hold parts of the model, each writes its own `...-tensors-00001-of-00004.safetensors` instead
+(`orchestrator.checkpoint.pieces`), and rank 0 commits once all have told it the sizes and checksums of theirs. Either
+kind can be read whole, or in any other parts.
 
 A checkpoint without its marker, or whose bytes differ from the marker, is passed over with a logged line and the one
 before it is used.
@@ -21,22 +25,24 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from itpn_core.errors import UserError
+from orchestrator.checkpoint.pieces import Assembly, Piece, ShapeError, write_pieces
 from orchestrator.checkpoint.retention import kept
 from orchestrator.checkpoint.runlog import FencedError, Writer
 from orchestrator.data.folder import Folder, StorageError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
@@ -45,6 +51,25 @@ MARKER = "COMMITTED.json"
 
 class CheckpointError(UserError):
     """A checkpoint does not fit what it is loaded into; the message names the first difference."""
+
+
+class MisfitError(CheckpointError):
+    """A whole checkpoint, but of another model: an older one would be no better."""
+
+
+class Together(Protocol):
+    """Ranks that write one checkpoint together; called on the writing threads, in the same order on all."""
+
+    rank: int
+    index: int
+    """Which of the parts this rank holds."""
+    parts: int
+    """How many parts there are."""
+    writes: bool
+    """Whether it writes its part; of equal copies, one does."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Raises RuntimeError when a rank is gone."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +83,8 @@ class Snapshot:
     """JSON values."""
     made_by: dict[str, str] = field(default_factory=dict)
     """Fingerprints of what made it; known for a loaded one."""
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    """Tensors of which this rank holds a part only."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +109,24 @@ class CheckpointStore:
         every_steps: of every range of so many steps one checkpoint stays for good; 0 = none does.
         made_by: fingerprints (settings, data, code) that go into every marker.
         term: of the driver that owns the run (`runlog.Writer`).
+        together: the other ranks, where each writes a part; None when one rank writes all.
     """
 
     def __init__(
-        self, folder: Folder, keep: int, every_steps: int = 0, made_by: dict[str, str] | None = None, term: int = 0
+        self,
+        folder: Folder,
+        keep: int,
+        every_steps: int = 0,
+        made_by: dict[str, str] | None = None,
+        term: int = 0,
+        together: Together | None = None,
     ) -> None:
         self._folder = folder
         self.writer = Writer(folder, term)
         self._saves = 0
+        self._stamp = ""
+        """What the names of the newest save's objects begin with; no other save's do. Known where the save is led."""
+        self._together = together
         self._keep = keep
         self._every_steps = every_steps
         self.made_by = made_by or {}
@@ -149,36 +186,56 @@ class CheckpointStore:
         names = [n for n in self._folder.names("checkpoints") if n.startswith("step-")]
         return [int(n.removeprefix("step-")) for n in names if self._folder.exists(f"checkpoints/{n}/{MARKER}")]
 
-    def load_newest(self) -> Snapshot | None:
-        """The newest checkpoint whose bytes are whole, or None when there is none."""
+    def load_newest(self, wanted: Mapping[str, Piece] | None = None) -> Snapshot | None:
+        """The newest checkpoint whose bytes are whole, or None when there is none; `wanted` as for `load`.
+
+        Raises:
+            MisfitError: it belongs to another model.
+        """
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                return self.load(step, wanted)
+            except MisfitError:
+                raise
             except CheckpointError as error:
                 line = f"the checkpoint of step {step} is damaged and is passed over: {error}"
                 log.warning(line)
                 self.passed_over.append(line)
         return None
 
-    def load(self, step: int) -> Snapshot:
+    def load(self, step: int, wanted: Mapping[str, Piece] | None = None) -> Snapshot:
         """Loads one checkpoint after comparing its bytes with its marker.
+
+        Args:
+            step: which one.
+            wanted: tensors of which only some rows are wanted; all others come whole.
 
         Raises:
             CheckpointError: a file is missing, short or changed.
+            MisfitError: it belongs to another model.
         """
-        where = f"checkpoints/{_name(step)}"
+        where, found = f"checkpoints/{_name(step)}", Assembly(wanted or {})
+        state: dict[str, Any] | None = None
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             try:
                 marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
                 for name, expected in marker["files"].items():
+                    path = Path(scratch, name)
                     # Checkpoints from before there were fencing numbers have no stamp.
-                    self._folder.download(f"{where}/{marker.get('stamp', '')}{name}", Path(scratch, name))
-                    _verify(Path(scratch, name), expected)
-                tensors = load_file(Path(scratch, TENSORS))
-                state = json.loads(Path(scratch, STATE).read_text(encoding="utf-8"))
+                    self._folder.download(f"{where}/{marker.get('stamp', '')}{name}", path)
+                    _verify(path, expected)
+                    if name == STATE:
+                        state = json.loads(path.read_text(encoding="utf-8"))
+                    else:
+                        found.add(path)
+                    path.unlink()  # one file at a time: a rank needs room for one part, not for all
+            except ShapeError as error:
+                raise MisfitError(f"the checkpoint of step {step} does not fit this model: {error}") from None
             except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError) as error:
                 raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
-        return Snapshot(step, tensors, state, marker.get("made_by", {}))
+        if state is None or found.incomplete():
+            raise CheckpointError(f"{self._folder.uri}/{where}: {', '.join(found.incomplete()) or STATE} is incomplete")
+        return Snapshot(step, found.tensors, state, marker.get("made_by", {}))
 
     def _try_write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> None:
         """Writes, and keeps a storage failure for whoever asks: training does not end because of it."""
@@ -189,9 +246,8 @@ class CheckpointStore:
             log.warning("the checkpoint of step %d was not committed: %s", snapshot.step, error)
             self._discard(snapshot.step)
             return
-        except (StorageError, OSError, SafetensorError) as error:
-            # safetensors wraps a full disk in an error of its own.
-            self.failure = error if isinstance(error, StorageError) else StorageError(f"cannot write: {error}")
+        except StorageError as error:
+            self.failure = error
             self.failures += 1
             log.warning("the checkpoint of step %d was not saved: %s", snapshot.step, self.failure)
             self._discard(snapshot.step)
@@ -199,39 +255,88 @@ class CheckpointStore:
         self.failure = None
         self.last_committed = snapshot.step
         self.last_save = Saved(size, time.perf_counter() - began, time.thread_time() - cpu)
-        self._retire()
+        if self._leads:
+            self._retire()
+
+    @property
+    def _leads(self) -> bool:
+        return self._together is None or self._together.rank == 0
 
     def _write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> int:
+        """Every rank's part, then rank 0's marker; all ranks come to the same end."""
         where = f"checkpoints/{_name(snapshot.step)}"
+        stamp = self._agree(lambda: self._begin() if self._leads else "")[0]
+        parts = self._agree(lambda: self._write_part(f"{where}/{stamp}", snapshot))
+        files = {name: described for part in parts for name, described in part.items()}
+        self._agree(lambda: self._commit(where, snapshot.step, files, before_commit) if self._leads else None)
+        return sum(file["bytes"] for file in files.values())
+
+    def _agree(self, call: Callable[[], T]) -> list[T]:
+        """What the call gave on every rank.
+
+        Raises:
+            FencedError: the right to commit is gone; the same on all ranks.
+            StorageError: it failed somewhere; the same on all ranks.
+        """
+        try:
+            mine: tuple[Any, str, bool] = call(), "", False
+        except FencedError as error:
+            mine = None, str(error), True
+        except (StorageError, OSError, SafetensorError) as error:
+            # safetensors wraps a full disk in an error of its own.
+            mine = None, str(error) if isinstance(error, StorageError) else f"cannot write: {error}", False
+        try:
+            found = self._together.gather(mine) if self._together else [mine]
+        except RuntimeError as error:
+            raise StorageError(f"a rank is gone while a checkpoint was being written: {error}") from error
+        failures = [(text, fenced) for _, text, fenced in found if text]
+        for text, fenced in sorted(failures, key=lambda failure: not failure[1]):
+            raise FencedError(text) if fenced else StorageError(text)
+        return [value for value, _, _ in found]
+
+    def _begin(self) -> str:
+        """Names a new save, which replaces nobody's files."""
         if not self.writer.number:
             self.writer.begin()
         self._saves += 1
+        self._stamp = f"{self.writer.number:08d}-{self._saves:04d}-"
+        return self._stamp
+
+    def _write_part(self, prefix: str, snapshot: Snapshot) -> dict[str, dict[str, Any]]:
+        together = self._together
+        name = f"tensors-{together.index + 1:05d}-of-{together.parts:05d}.safetensors" if together else TENSORS
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
-            tensors, state = Path(scratch, TENSORS), Path(scratch, STATE)
-            save_file(snapshot.tensors, tensors)
-            state.write_text(json.dumps(snapshot.state, sort_keys=True), encoding="utf-8")
-            files = {path.name: _describe(path) for path in (tensors, state)}
-            for path in (tensors, state):
-                self._folder.put(f"{where}/{self._stamp}{path.name}", path)
+            paths = []
+            if snapshot.tensors:
+                paths.append(Path(scratch, name))
+                write_pieces(paths[-1], snapshot.tensors, snapshot.pieces)
+            if self._leads:
+                paths.append(Path(scratch, STATE))
+                paths[-1].write_text(json.dumps(snapshot.state, sort_keys=True), encoding="utf-8")
+            files = {path.name: _describe(path) for path in paths}
+            for path in paths:
+                self._folder.put(f"{prefix}{path.name}", path)
+        return files
+
+    def _commit(
+        self, where: str, step: int, files: dict[str, dict[str, Any]], before_commit: Callable[[], None]
+    ) -> None:
         before_commit()
         marker = {
-            "version": 2, "step": snapshot.step, "fence": self.writer.number, "stamp": self._stamp, "files": files,
+            "version": 2, "step": step, "fence": self.writer.number, "stamp": self._stamp, "files": files,
             "made_by": self.made_by,
         }  # fmt: skip
-        self.writer.commit(snapshot.step)
+        self.writer.commit(step)
         self._folder.put(f"{where}/{MARKER}", json.dumps(marker).encode())
-        return sum(file["bytes"] for file in files.values())
-
-    @property
-    def _stamp(self) -> str:
-        """What the names of this save's objects begin with; no other save's do."""
-        return f"{self.writer.number:08d}-{self._saves:04d}-"
 
     def _discard(self, step: int) -> None:
         """Removes what a failed save left, so that it does not fill the disk; best effort, as storage is in trouble."""
+        if not self._stamp:
+            return  # led elsewhere, or failed before it had a name
         where = f"checkpoints/{_name(step)}"
         with contextlib.suppress(StorageError):
-            self._folder.delete(f"{where}/{self._stamp}{name}" for name in (TENSORS, STATE))
+            names = self._folder.names(where)
+            self._folder.delete(f"{where}/{name}" for name in names if name.startswith(self._stamp))
             if not self._folder.names(where):
                 self._folder.delete_tree(where)
 
@@ -252,8 +357,8 @@ class CheckpointStore:
     def _clear_leftovers(self) -> None:
         """Removes what earlier saves of this step left, whose marker this one has replaced."""
         where = f"checkpoints/{_name(self.last_committed)}"
-        mine = {f"{self._stamp}{name}" for name in (TENSORS, STATE)} | {MARKER}
-        self._folder.delete(f"{where}/{name}" for name in self._folder.names(where) if name not in mine)
+        names = [name for name in self._folder.names(where) if name != MARKER and not name.startswith(self._stamp)]
+        self._folder.delete(f"{where}/{name}" for name in names)
 
 
 def _name(step: int) -> str:
@@ -274,4 +379,4 @@ def _verify(path: Path, expected: dict[str, Any]) -> None:
         )
 
 
-__all__ = ["CheckpointError", "CheckpointStore", "Snapshot", "StorageError"]
+__all__ = ["CheckpointError", "CheckpointStore", "MisfitError", "Snapshot", "StorageError", "Together"]

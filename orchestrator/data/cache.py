@@ -2,7 +2,8 @@
 
 Entries are named by content (the shard's checksum and the range), so a changed object can never be served from here.
 Files appear by rename, so no reader sees half of one; a lock file serialises the book-keeping of several processes; and
-what is read from the cache passes the same member checks as what comes from the store.
+what is read from the cache passes the same member checks as what comes from the store. A disk that takes no more is no
+error: the cache gives back half of what it holds each time, down to nothing, and reading goes on without it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -17,8 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from orchestrator.data.config import CacheConfig
+from orchestrator.data.errors import DataError
 from orchestrator.data.store import LocalStore, Store
 
+_log = logging.getLogger(__name__)
 _EVICT_TO = 0.9  # share of the limit that is left after making room, so that not every write has to look at all files
 
 
@@ -27,50 +31,73 @@ class DiskCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self._folder, self._limit = folder, limit
-        (folder / "entries").mkdir(parents=True, exist_ok=True)
+        self._gave_way = False
+        try:
+            (folder / "entries").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"data.cache.folder={folder} cannot be used ({error.strerror}); give a folder on a local disk that "
+                "this user may write, or leave it empty for no cache"
+            ) from error
 
     def _path(self, key: str) -> Path:
         name = hashlib.blake2b(key.encode(), digest_size=20).hexdigest()
         return self._folder / "entries" / name[:2] / name
 
     def get(self, key: str) -> bytes | None:
-        """The entry, now the most recently used one; None when it is not there."""
+        """The entry, now the most recently used one; None when it is not there or cannot be read."""
         path = self._path(key)
         try:
             data = path.read_bytes()
-            os.utime(path)
-        except FileNotFoundError:
+        except OSError:
             return None
+        with contextlib.suppress(OSError):  # evicted meanwhile, or a disk that has become read-only
+            os.utime(path)
         return data
 
-    def put(self, key: str, data: bytes) -> None:
+    def put(self, key: str, data: bytes | memoryview) -> None:
         """Adds an entry and makes room for it; entries larger than the whole cache are not kept."""
-        path = self._path(key)
         if len(data) > self._limit:
             return
+        try:
+            with self._locked() as book:
+                self._add(book, self._path(key), data)
+        except OSError as error:
+            self._give_way(error)
+
+    def _add(self, book: IO[bytes], path: Path, data: bytes | memoryview) -> None:
+        used = self._used(book)
+        if used + len(data) > self._limit:
+            used = self._evict(int(self._limit * _EVICT_TO) - len(data))
+        before = path.stat().st_size if path.exists() else 0
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}.partial")
-        with self._locked() as book:
-            used = self._used(book)
-            if used + len(data) > self._limit:
-                used = self._evict(int(self._limit * _EVICT_TO) - len(data))
-            before = path.stat().st_size if path.exists() else 0
+        try:
             partial.write_bytes(data)
             partial.replace(path)
-            book.seek(0)
-            book.write(struct.pack("<Q", used + len(data) - before))
-            book.flush()
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self._note(book, used + len(data) - before)
+
+    def _give_way(self, error: OSError) -> None:
+        """The disk takes no more: whoever else writes there needs the room more than a cache does."""
+        if not self._gave_way:
+            self._gave_way = True
+            _log.warning(
+                "data.cache.folder=%s takes no more (%s): the cache gives room back and reading goes on without it; "
+                "free some space or lower data.cache.gigabytes", self._folder, error.strerror or error
+            )  # fmt: skip
+        with contextlib.suppress(OSError), self._locked() as book:
+            self._note(book, self._evict(self._used(book) // 2))
 
     def drop(self, key: str) -> None:
         """Removes an entry that turned out to be damaged."""
         path = self._path(key)
-        with self._locked() as book, contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError), self._locked() as book:
             size = path.stat().st_size
             path.unlink()
-            used = self._used(book)
-            book.seek(0)
-            book.write(struct.pack("<Q", max(0, used - size)))
-            book.flush()
+            self._note(book, max(0, self._used(book) - size))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[IO[bytes]]:
@@ -78,6 +105,12 @@ class DiskCache:
         with os.fdopen(descriptor, "r+b") as book:
             fcntl.flock(book, fcntl.LOCK_EX)
             yield book  # closing the file gives the lock back, also when a process dies
+
+    @staticmethod
+    def _note(book: IO[bytes], used: int) -> None:
+        book.seek(0)
+        book.write(struct.pack("<Q", used))
+        book.flush()
 
     def _used(self, book: IO[bytes]) -> int:
         book.seek(0)
@@ -116,12 +149,14 @@ class CachedStore:
                 self._cache.put(key, data)
         return data
 
-    def read_range(self, name: str, start: int, length: int, etag: str, *, content: str, fresh: bool = False) -> bytes:
+    def read_range(
+        self, name: str, start: int, length: int, etag: str, *, content: str, fresh: bool = False
+    ) -> bytes | memoryview:
         """As `Store.read_range`; `fresh` forgets what the cache holds and asks the store."""
         key = f"{content}/{start}/{length}"
         if self._cache and fresh:
             self._cache.drop(key)
-        data = self._cache.get(key) if self._cache and not fresh else None
+        data: bytes | memoryview | None = self._cache.get(key) if self._cache and not fresh else None
         if data is None or len(data) != length:
             data = self._store.read_range(name, start, length, etag)
             if self._cache:

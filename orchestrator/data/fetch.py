@@ -174,7 +174,7 @@ class SampleReader:
                 result[sample_id] = self._read_again(shard, index, sample_id, number)
         return result
 
-    def _range(self, shard: Shard, start: int, end: int, fresh: bool = False) -> bytes:
+    def _range(self, shard: Shard, start: int, end: int, fresh: bool = False) -> bytes | memoryview:
         if end > shard.bytes:
             raise IntegrityError(f"{shard.name}: the index points to offset {end}, the shard has {shard.bytes} bytes")
         with self._lock:
@@ -198,7 +198,7 @@ class SampleReader:
                 reason = str(error)
         return Damage(sample_id, f"{self._split.uri}/{shard.name}", start, reason)
 
-    def _verified(self, index: ShardIndex, number: int, data: bytes, base: int) -> Encoded:
+    def _verified(self, index: ShardIndex, number: int, data: bytes | memoryview, base: int) -> Encoded:
         """One sample out of the bytes of a request; every member checked before anyone decodes it."""
         image, field, label = b"", "", None
         for offset, length, crc, _, code, _ in index.rows(number).tolist():
@@ -207,7 +207,7 @@ class SampleReader:
                 continue
             if length > self._config.max_member_mb << 20:
                 raise IntegrityError(f"member .{name} has {length} bytes; data.max_member_mb allows fewer")
-            member = data[offset - base : offset - base + length]
+            member = bytes(data[offset - base : offset - base + length])
             if len(member) != length or google_crc32c.value(member) != crc:
                 raise IntegrityError(f"member .{name} at offset {offset}: its bytes are not the ones that were written")
             if name in LABEL_FIELDS:
@@ -295,15 +295,24 @@ class Prefetcher:
 
     def take(self, index: int) -> tuple[I64, list[Encoded | Damage | None]]:
         """The reader's samples of batch `index` in slot order; None marks a known hole."""
-        for ahead in range(index, min(self._stop, index + 1 + self._config.prefetch)):
-            if ahead not in self._ids:
-                self._plan(ahead)
+        first = index not in self._ids
+        if first:
+            self._plan(index)  # nothing else is under way until this batch is there
+        else:
+            self._plan_ahead(index)
         ids = self._ids.pop(index)
         out: list[Encoded | Damage | None] = []
         for sample_id in ids.tolist():
             future = self._coming.pop(sample_id, None)
             out.append(None if future is None else future.result().pop(sample_id))
+        if first:
+            self._plan_ahead(index)
         return ids, out
+
+    def _plan_ahead(self, index: int) -> None:
+        for ahead in range(index + 1, min(self._stop, index + 1 + self._config.prefetch)):
+            if ahead not in self._ids:
+                self._plan(ahead)
 
     def _plan(self, index: int) -> None:
         """Starts the reads that batch `index` still lacks; each read brings all that this reader needs of the run."""

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
+from torch.nn.functional import interpolate
 
 from itpn_core.random import stream_keys_numpy, uniform_numpy
 from orchestrator.data.config import AugmentConfig, DataConfig
@@ -134,5 +133,5 @@ def render(image_HWC: ImageHWC, box: Box, out_3SS: Tensor) -> None:
     crop_CHW = torch.from_numpy(image_HWC[top : top + height, left : left + width]).permute(2, 0, 1)
     size = list(out_3SS.shape[-2:])
     if [height, width] != size:
-        crop_CHW = tvf.resize_image(crop_CHW, size, interpolation=InterpolationMode.BICUBIC, antialias=True)
+        crop_CHW = interpolate(crop_CHW[None], size, mode="bicubic", antialias=True)[0]
     out_3SS.copy_(crop_CHW)  # copies and, for grey images, repeats the channel

@@ -16,7 +16,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from orchestrator.data.errors import DataError
-from orchestrator.data.loader import Part, ReaderSpec, read_parts
+from orchestrator.data.parts import Part, ReaderSpec, read_parts
 
 
 class _Parts(IterableDataset[Part | DataError]):
@@ -44,7 +44,7 @@ class ProcessSource:
 
     def __init__(self, spec: ReaderSpec) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["orchestrator.data.loader"])
+        context.set_forkserver_preload(["orchestrator.data.parts"])
         with warnings.catch_warnings():
             # Decoders may outnumber the cores that this process was given: on purpose, when the store is slow.
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)

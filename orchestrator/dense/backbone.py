@@ -9,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn_core.models.backbone import Backbone
 from itpn_core.models.config import ModelConfig
-from orchestrator.checkpoint.source import read_source
+from orchestrator.checkpoint.source import open_source
 from orchestrator.data.store import StoreConfig
 from orchestrator.dense.config import BackboneConfig
 
@@ -37,7 +37,7 @@ def open_backbone(config: BackboneConfig, model: ModelConfig, store: StoreConfig
         UserError: the checkpoint cannot be used, or the token reduction does not fit the model.
     """
     if config.checkpoint:
-        source = read_source(config.checkpoint, store)
+        source = open_source(config.checkpoint, store, pyramid=True)
         trained = config.pyramid == "auto" and bool(source.pyramid_dim)
         options: dict[str, Any] = {} if source.pyramid_dim else {"pyramid_dim": config.pyramid_dim}
         backbone, report = source.build(

@@ -84,6 +84,19 @@ class DenseTrainConfig:
 
 
 @dataclass(frozen=True)
+class DenseConfig:
+    """What every dense job can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the backbone, without a checkpoint"})
+    backbone: BackboneConfig = field(default_factory=BackboneConfig, metadata={"help": "weights, pyramid, attention"})
+    train: DenseTrainConfig = field(default_factory=DenseTrainConfig, metadata={"help": "length, batch, optimizer"})
+    track: TrackConfig = field(
+        default_factory=TrackConfig, metadata={"help": "MLflow and the journal", "affects_result": False}
+    )
+    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
+
+
+@dataclass(frozen=True)
 class CocoDataConfig:
     """Detection data in COCO's format: a folder of images and a JSON file per split."""
 
@@ -123,18 +136,11 @@ class DetectorConfig:
 
 
 @dataclass(frozen=True)
-class DetectConfig:
+class DetectConfig(DenseConfig):
     """Everything `jobs/detect.py` can be told."""
 
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the backbone, without a checkpoint"})
-    backbone: BackboneConfig = field(default_factory=BackboneConfig, metadata={"help": "weights, pyramid, attention"})
     data: CocoDataConfig = field(default_factory=CocoDataConfig, metadata={"help": "COCO-format data"})
     detector: DetectorConfig = field(default_factory=DetectorConfig, metadata={"help": "torchvision's detector"})
-    train: DenseTrainConfig = field(default_factory=DenseTrainConfig, metadata={"help": "length, batch, optimizer"})
-    track: TrackConfig = field(
-        default_factory=TrackConfig, metadata={"help": "MLflow and the journal", "affects_result": False}
-    )
-    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
 
 
 @dataclass(frozen=True)
@@ -172,18 +178,11 @@ class HeadConfig:
 
 
 @dataclass(frozen=True)
-class SegmentConfig:
+class SegmentConfig(DenseConfig):
     """Everything `jobs/segment.py` can be told."""
 
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"help": "the backbone, without a checkpoint"})
-    backbone: BackboneConfig = field(default_factory=BackboneConfig, metadata={"help": "weights, pyramid, attention"})
     data: MaskDataConfig = field(default_factory=MaskDataConfig, metadata={"help": "images and masks"})
     head: HeadConfig = field(default_factory=HeadConfig, metadata={"help": "the segmentation head"})
-    train: DenseTrainConfig = field(default_factory=DenseTrainConfig, metadata={"help": "length, batch, optimizer"})
-    track: TrackConfig = field(
-        default_factory=TrackConfig, metadata={"help": "MLflow and the journal", "affects_result": False}
-    )
-    run: RunConfig = field(default_factory=RunConfig, metadata={"help": "name and place", "affects_result": False})
 
     def __post_init__(self) -> None:
         """Refuses a batch that batch normalisation cannot use."""

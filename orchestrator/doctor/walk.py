@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from orchestrator.config.tree import PretrainConfig
-from orchestrator.data.folder import Folder
+from orchestrator.train.context import Silent
 from orchestrator.train.engine import Engine
+from orchestrator.train.parallel import whole_gradients
 
 
 @dataclass
@@ -30,37 +31,6 @@ class Record:
     losses: list[float] = field(default_factory=list)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the first step, by parameter."""
-
-
-class Silent:
-    """A `RunContext` for ranks that nobody listens to."""
-
-    run_uid = "0" * 32
-    attempt = 1
-    term = 0
-
-    def __init__(self, directory: Path, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
-        self.device = torch.device("cpu")
-        self.directory = directory
-        self.folder = Folder(str(directory))
-        self.facts: dict[str, str] = {}
-
-    def progress(self, stage: str, **_: Any) -> None:
-        """Not shown."""
-
-    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
-        """Not shown."""
-
-    def note(self, text: str) -> None:
-        """Not shown."""
-
-    def stop_reason(self) -> str:
-        """Never."""
-        return ""
-
-    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
-        """Not kept."""
 
 
 def walk(config: PretrainConfig, directory: Path, rank: int, world: int, kill_at: int = 0) -> Record:
@@ -99,8 +69,7 @@ def _listen(engine: Engine, seen: Record) -> None:
 
     def observed(*arguments: Any) -> Any:
         if not seen.gradients:
-            named = task.named_parameters()
-            seen.gradients.update({name: p.grad.clone() for name, p in named if p.grad is not None})
+            seen.gradients.update(whole_gradients(task))
         return update(*arguments)
 
     def drawn(keys_B: Tensor) -> Tensor:

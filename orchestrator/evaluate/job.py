@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from itpn_core.benchmark.timing import machine
+from orchestrator.checkpoint.source import Source
 from orchestrator.config.errors import SettingError
-from orchestrator.config.schema import leaves
 from orchestrator.config.tree import EvaluateConfig
 from orchestrator.data.loader import open_loader
 from orchestrator.data.manifest import Manifest, Split
 from orchestrator.data.preflight import open_dataset
 from orchestrator.data.views import EvalView
+from orchestrator.evaluate.choice import check_shape, find_checkpoint, open_checkpoint
 from orchestrator.evaluate.features import collect
 from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare
 from orchestrator.evaluate.report import Report, Row
-from orchestrator.evaluate.source import Source, check_shape, newest_run, open_source
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Setting, Subject
 from orchestrator.launch.cli import EXIT_OK
 from orchestrator.launch.place import local_directory
@@ -35,27 +34,6 @@ from orchestrator.train.precision import autocast_dtype
 
 GIVEN = "given"
 _CLOSE_S = 30.0
-C = TypeVar("C", bound=EvaluateConfig)
-
-
-def checkpoint_settings(config: EvaluateConfig) -> dict[str, Any]:
-    """What the named checkpoint says about itself: settings by dotted key, over which recipe and command line go."""
-    known = {leaf.key for leaf in leaves(EvaluateConfig)}
-    found = open_source(find_checkpoint(config).evaluate.checkpoint, config.data.store).settings()
-    return {key: value for key, value in found.items() if key in known}  # a classifier's run has settings of its own
-
-
-def find_checkpoint(config: C) -> C:
-    """The same configuration with a checkpoint that is a place: a plain word means the newest finished run so named.
-
-    Raises:
-        SettingError: there is no such run.
-    """
-    word = config.evaluate.checkpoint
-    if not word or "/" in word or "." in word or Path(word).exists():
-        return config
-    place = newest_run(config.run.storage, word, config.data.store)
-    return replace(config, evaluate=replace(config.evaluate, checkpoint=place))
 
 
 def evaluate(config: EvaluateConfig, recipe: str) -> int:
@@ -66,7 +44,7 @@ def evaluate(config: EvaluateConfig, recipe: str) -> int:
     """
     del recipe
     config = find_checkpoint(config)
-    source = open_source(config.evaluate.checkpoint, config.data.store)
+    source = open_checkpoint(config)
     check_shape(config.model, source)
     manifest = open_dataset(config.data)
     check_counts(config, manifest)
@@ -87,7 +65,7 @@ def open_subject(config: EvaluateConfig, source: Source) -> Subject:
     device = pick_device(config.cluster.device)
     dtype = autocast_dtype(config.train.precision, device)
     norm = config.objective.mean, config.objective.std
-    return Subject(source.build(), config.data.image_size, *norm, device, dtype)
+    return Subject(source.headless(), config.data.image_size, *norm, device, dtype)
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor
 from itpn_core.errors import ConfigError
 from itpn_core.models.backbone import Backbone
 from itpn_core.random import stream_keys, uniform
-from orchestrator.checkpoint.source import Source, read_source
+from orchestrator.checkpoint.source import Source, open_source
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
 from orchestrator.export.compare import Arrays, Difference, difference, reload
@@ -57,7 +57,7 @@ def export(config: ExportConfig, store: StoreConfig | None = None) -> int:
     if not config.dest:
         raise ConfigError("dest", "", "a folder or URI to write to is needed", "For example dest=~/itpn/exported/base")
     folder = Folder(config.dest, store)
-    source = read_source(config.source, store, num_heads=config.num_heads)
+    source = open_source(config.source, store, num_heads=config.num_heads, pyramid=True)
     subject = prepare(config, source)
     rows = [_export_one(kind, config, subject, folder) for kind in config.formats]
     _leave_record(rows, config, subject, folder)
@@ -155,7 +155,7 @@ def _leave_record(rows: list[Row], config: ExportConfig, subject: Subject, folde
         if row.good and row.difference is not None
     }
     record: Mapping[str, Any] = {
-        "source": subject.source.where,
+        "source": subject.source.place,
         "facts": subject.source.facts,
         "model": asdict(
             replace(subject.model.config, migration=subject.model.migration, gathering=subject.model.gathering)

@@ -15,11 +15,11 @@ from itpn_core.models.config import ModelConfig
 from itpn_core.models.importer import plan_load
 from itpn_core.pretraining.config import check_objective
 from itpn_core.pretraining.tasks import FAMILY_OF
+from orchestrator.checkpoint.source import Source, open_source
 from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
-from orchestrator.evaluate.source import Source, open_source
 from orchestrator.track.config import why_away
 from orchestrator.track.server import check_answers
 

@@ -6,10 +6,11 @@ import os
 from typing import Any
 
 from orchestrator.config.tree import JobConfig
-from orchestrator.data.folder import Folder
+from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import Lifecycle
 from orchestrator.launch.show import duration, table
+from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.environment import working_diff
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import Redactor, secret_values
@@ -36,10 +37,20 @@ def record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, r
     if diff:
         recorder.text("git.diff", diff)
     recorder.state(MLFLOW_STATE[state], reason)
-    recorder.report()
+    tell_story(recorder, folder)
     backlog = recorder.close()
     if backlog.lost or (config.track.follow and not backlog.empty):
         print(f"warning: {backlog}")
+
+
+def tell_story(recorder: Recorder, folder: Folder) -> None:
+    """Keeps the report and the journals it is made from, wherever rank 0 ran."""
+    try:
+        CommittedJournal(folder, recorder.directory).restore()
+    except StorageError as error:
+        print(f"warning: report.html lacks what is only in run storage: {error}")
+    recorder.report()
+    recorder.journals()
 
 
 def end_table(config: JobConfig, folder: Folder, outcome: dict[str, Any]) -> str:

@@ -1,12 +1,15 @@
 """What a training shows to Prometheus, through the metrics port that every Ray node has.
 
 Rank 0 sets the numbers once per log window. Setting one changes a table of this process and returns; a thread of Ray's
-own carries it to the port, so a step never waits for whoever looks. Prometheus sees `ray_<name>`, a counter as
-`ray_<name>_total`. `infra/grafana/training.json` and `infra/prometheus/rules.yml` are written for these names.
+own carries it to the port, so a step never waits for whoever looks. Ray forgets a gauge that is not set again within
+some 20 s; a thread here repeats the newest window, so that a run that stalls goes on showing when it last moved, and
+one that has ended shows nothing. Prometheus sees `ray_<name>`, a counter as `ray_<name>_total`; dashboard and alerts
+in `infra/` are written for these names.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -36,9 +39,10 @@ class TrainingMetrics:
 
     Args:
         run: name of the run, the only label of ours.
+        repeat_s: seconds between two repetitions; less than Ray's `metrics_report_interval_ms` (10 s).
     """
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, repeat_s: float = 5.0) -> None:
         tags = {"run": run}
         self._gauges = {
             source: Gauge(name, help_text, ("run",)).set_default_tags(tags)
@@ -50,6 +54,11 @@ class TrainingMetrics:
         self._seconds = Histogram(
             STEP_SECONDS, "time per step, mean of each window", BOUNDARIES, ("run",)
         ).set_default_tags(tags)
+        self._newest: list[tuple[Gauge, float]] = []
+        self._repeat_s = repeat_s
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+        self._thread.start()
 
     def window(self, step: int, steps: int, values: dict[str, float]) -> None:
         """Shows what one window measured.
@@ -59,10 +68,22 @@ class TrainingMetrics:
             steps: of this window, at least one.
             values: by their names in the journal; those not in `GAUGES` are not shown here.
         """
-        self._step.set(step)
-        self._time.set(time.time())
         self._steps.inc(steps)
         self._seconds.observe(values["train/seconds_per_step"])
-        for source, gauge in self._gauges.items():
-            if source in values:
-                gauge.set(values[source])
+        measured = [(gauge, values[source]) for source, gauge in self._gauges.items() if source in values]
+        # Replaced, not changed: the other thread may be reading it.
+        self._newest = [(self._step, step), (self._time, time.time()), *measured]
+        self._show()
+
+    def close(self) -> None:
+        """Ends the repetition; the gauges go."""
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    def _show(self) -> None:
+        for gauge, value in self._newest:
+            gauge.set(value)
+
+    def _repeat(self) -> None:
+        while not self._end.wait(self._repeat_s):
+            self._show()

@@ -54,6 +54,7 @@ class RayContext:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world: int = context.get_world_size()
+        self.local_world: int = context.get_local_world_size()
         self.device: torch.device = ray.train.torch.get_device()
         self.folder = Folder(assignment.folder_uri, assignment.config.data.store)
         self.directory = local_directory(self.folder, assignment.run_uid)
@@ -95,9 +96,11 @@ class RayContext:
         ray.train.report({**metrics, "checkpoint_step": float(checkpoint_step)})
 
     def close(self) -> None:
-        """Sends the last progress."""
+        """Sends the last progress, and shows no more numbers."""
         if self._board:
             self._board.close()
+        if self._metrics:
+            self._metrics.close()
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:

@@ -13,39 +13,10 @@ from torch import Tensor
 
 from itpn_core.evaluation.cost import training_flops
 from orchestrator.config.tree import PretrainConfig
-from orchestrator.data.folder import Folder
 from orchestrator.plan.forecast import Probe
+from orchestrator.train.context import Silent
 from orchestrator.train.engine import Engine
 from orchestrator.train.state import TrainState
-
-
-class Alone:
-    """A `RunContext` of one rank that tells nobody anything."""
-
-    rank, world, attempt, term = 0, 1, 1, 0
-    run_uid = "0" * 32
-
-    def __init__(self, directory: Path, device: torch.device) -> None:
-        self.device = device
-        self.directory = directory
-        self.folder = Folder(str(directory))
-        self.facts: dict[str, str] = {}
-
-    def progress(self, stage: str, **_: Any) -> None:
-        """Nobody looks."""
-
-    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
-        """Not shown."""
-
-    def note(self, text: str) -> None:
-        """Nobody reads."""
-
-    def stop_reason(self) -> str:
-        """Nobody asks."""
-        return ""
-
-    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
-        """Nobody listens."""
 
 
 def probe(config: PretrainConfig, steps: int, batch: int) -> Probe:
@@ -60,7 +31,7 @@ def probe(config: PretrainConfig, steps: int, batch: int) -> Probe:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     with (
         tempfile.TemporaryDirectory(prefix="probe-") as scratch,
-        Engine(_short(config, steps, batch, scratch), Alone(Path(scratch), device)) as engine,
+        Engine(_short(config, steps, batch, scratch), Silent(Path(scratch), device=device)) as engine,
     ):
         engine.restore()
         return _measure(engine, device, batch)

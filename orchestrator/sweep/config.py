@@ -52,6 +52,13 @@ class SweepConfig:
         default="tpe", metadata={"help": "tpe | nsga2 | gp | random | grid", "choices": "tpe,nsga2,gp,random,grid"}
     )
     trials: int = field(default=32, metadata={"affects_result": False, "help": "settings that are tried in all"})
+    budget: float = field(
+        default=0.0,
+        metadata={
+            "affects_result": False,
+            "help": "mode=train: complete trainings that all trials together may cost; 0 = until each has ended",
+        },
+    )
     startup: int = field(default=12, metadata={"help": "random settings before the sampler trusts its model"})
     seed: int = field(default=0, metadata={"help": "of every random choice of the search"})
     accuracy: str = field(
@@ -83,6 +90,8 @@ class SweepConfig:
                 raise ConfigError(f"sweep.{name}", getattr(self, name), f"it must be at least {least}")
         if not 0 < self.bank_share <= 1:
             raise ConfigError("sweep.bank_share", self.bank_share, "allowed are 0 < value <= 1")
+        if self.budget < 0:
+            raise ConfigError("sweep.budget", self.budget, "it must be 0 (no limit) or above")
         if not self.timeout_s > 0:
             raise ConfigError("sweep.timeout_s", self.timeout_s, "it must be above 0")
 

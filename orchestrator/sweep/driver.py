@@ -156,13 +156,20 @@ class Driver:
             print(f"stopped with {left} trials left. Type the same command again to go on.")
         return EXIT_OK
 
+    def _resting(self) -> str:
+        count = self._state.resting
+        return f", {count} trained in part (a larger sweep.budget goes on with them)" if count else ""
+
     def _table(self, results: Results) -> str:
         rows = [
             ("sweep", self._config.run.name),
             ("files", f"{self._folder.uri}/results (sweep.html, sweep.png, front.md, recommended-*.yaml)"),
             ("tracking", Redactor().shapes(self._config.track.uri)),
             *self._facts.items(),
-            ("trials", f"{tables.trials_line(results)}, {duration(time.monotonic() - self._begun)} now"),
+            (
+                "trials",
+                f"{tables.trials_line(results)}{self._resting()}, {duration(time.monotonic() - self._begun)} now",
+            ),
         ]
         for base in results.beside:
             figures = f"accuracy {100 * base.values['accuracy']:.2f} %, {base.values['images_per_second']:.0f} images/s"

@@ -8,14 +8,15 @@ from typing import Any
 
 import ray
 
+from orchestrator.checkpoint.source import Source
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.schema import leaves
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
-from orchestrator.evaluate.job import check_counts, checkpoint_settings, find_checkpoint
-from orchestrator.evaluate.source import Source, check_shape, open_source
+from orchestrator.evaluate.choice import check_shape, checkpoint_settings, find_checkpoint, open_checkpoint
+from orchestrator.evaluate.job import check_counts
 from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_OK
 from orchestrator.launch.cluster import connected
@@ -25,15 +26,18 @@ from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import TrialJournal
 from orchestrator.sweep.legal import config_check
+from orchestrator.sweep.limits import parse_limits
 from orchestrator.sweep.measure import measure_setting
 from orchestrator.sweep.pretrainable import pretrainable
 from orchestrator.sweep.pruning import queue_order
+from orchestrator.sweep.queue import Queue, resting_rungs
+from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.results import Results
-from orchestrator.sweep.sampler import Sampler, Trial, make_sampler, parse_limits
+from orchestrator.sweep.sampler import Sampler, Trial, make_sampler
 from orchestrator.sweep.shell import MeasureFn, Work, place, place_training, run_sweep
-from orchestrator.sweep.space import Setting, Space, parse_space
+from orchestrator.sweep.space import Setting, Space
 from orchestrator.sweep.state import SweepState
-from orchestrator.sweep.train import OBJECTIVES, check_train, train_setting
+from orchestrator.sweep.train import OBJECTIVES, check_train, rungs_of, train_setting
 
 FIXED = ("eval.", "train.epochs", "train.max_steps")
 """Fields that no training trial may change: its rungs would not be those of the others."""
@@ -77,22 +81,27 @@ def _sweep(
     config = find_checkpoint(config)
     manifest, facts, work = _checked(config, work)
     space = open_space(config)
-    print(space.describe())
+    described = space.describe()
+    print(described)
     config, folder, record = _identity(config, recipe, manifest, facts.get("checkpoint", ""))
+    length = rungs_of(config) if config.sweep.mode == TRAIN else 0
+    queue = Queue(config.sweep.goals(), length, config.sweep.budget) if length else None
     state = SweepState(
-        TrialJournal(folder), space, _sampler(config, space, settings), config.sweep.trials, config.sweep.retries
-    )
+        TrialJournal(folder), space, _sampler(config, space, settings), config.sweep.trials, config.sweep.retries,
+        queue,
+    )  # fmt: skip
     print(f"sweep {config.run.name} (attempt {record.attempts}) in {folder.uri}")
     if state.resumed:
         print(f"resumed: {state.resumed} trials have ended and are not run again, {state.left} are left")
     driver = Driver(config, folder, record, state, facts)
-    driver.started({"manifest.sha256": manifest.fingerprint, "space": space.describe()})
+    driver.started({"manifest.sha256": manifest.fingerprint, "space": described})
     if state.left:
         with connected(config.cluster):
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             placement = (place_training if config.sweep.mode == TRAIN else place)(nodes, config.cluster)
             print(f"at most {placement.concurrent} trials at a time")
-            run_sweep(Work(config, folder.uri, placement, work), state, driver.ended)
+            slices = 1 + len(resting_rungs(length))
+            run_sweep(Work(config, folder.uri, placement, work, slices), state, driver.ended)
     return driver.finish(), driver
 
 
@@ -104,7 +113,7 @@ def _checked(config: SweepJobConfig, work: MeasureFn | None) -> tuple[Manifest, 
         manifest = check(pretrain_part(config)).manifest
         facts["length"] = f"{config.train.epochs} epochs, evaluated after every {config.eval.every_epochs}"
     else:
-        source = open_source(config.evaluate.checkpoint, config.data.store)
+        source = open_checkpoint(config)
         check_shape(config.model, source)
         manifest = open_dataset(config.data)
         check_counts(config, manifest)

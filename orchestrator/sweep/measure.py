@@ -27,10 +27,10 @@ from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest, Split
 from orchestrator.data.views import EvalView
+from orchestrator.evaluate.choice import open_checkpoint
 from orchestrator.evaluate.features import collect
 from orchestrator.evaluate.job import open_subject
 from orchestrator.evaluate.quality import KNN, LINEAR, Labelled, Protocol, Score, answers, compare
-from orchestrator.evaluate.source import open_source
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Subject
 from orchestrator.evaluate.subject import Setting as Reduction
 from orchestrator.sweep.journal import End
@@ -63,7 +63,7 @@ class Bench:
         if config.cluster.device == "cpu" or not torch.cuda.is_available():
             # One trial measures at a time, so it has the host to itself.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
-        self.subject: Subject = open_subject(config, open_source(config.evaluate.checkpoint, config.data.store))
+        self.subject: Subject = open_subject(config, open_checkpoint(config))
         manifest = Manifest.load(config.data.source, config.data.store)
         train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
         self.classes = len(train.classes)
@@ -194,7 +194,7 @@ def values_of(score: Score, cost: Cost) -> dict[str, float]:
     """What objectives and limits are made of (`orchestrator.sweep.config.MEASURED`)."""
     return {
         "accuracy": score.top1.value,
-        "accuracy_loss": -score.difference.value,
+        "accuracy_loss": 0.0 - score.difference.value,
         "speedup": cost.speedup.median,
         "images_per_second": cost.images_per_second.median,
         "gflops": cost.flops / 1e9,

@@ -6,8 +6,8 @@ import html
 import json
 from typing import Any
 
-from orchestrator.sweep.plot import cost_axis
-from orchestrator.sweep.results import BASELINE, Point, Results, interval
+from orchestrator.sweep.plot import cost_axis, described
+from orchestrator.sweep.results import BASELINE, FASTEST, Point, Results, interval
 from orchestrator.sweep.tables import UNITS, trials_line
 
 _STYLE = """
@@ -139,8 +139,9 @@ def page(results: Results, title: str, facts: list[tuple[str, str]]) -> str:
         f"<p>{html.escape(trials_line(results))}. Front: {len(results.front)} points,"
         f" {len(results.distinct)} settings can be told apart by their intervals.</p>"
         "<p><label>across<select id='x'></select></label><label>up<select id='y'></select></label>"
-        "<span class='note'>blue: front, orange: recommended, black: unreduced; bars: 95% interval of the paired"
-        " difference (accuracy), quartiles or the noise of the machine (speed)</span></p>"
+        f"<span class='note'>blue: front; orange: recommended (fastest: the {described(FASTEST, results)}); black: the"
+        " unreduced model; bars: 95% interval of the paired difference (accuracy), quartiles or the noise of the"
+        " machine (speed)</span></p>"
         "<svg id='plot' viewBox='0 0 1100 560'></svg><div class='tip' id='tip'></div>"
         f"<h2 style='font-size:16px'>Front, then the other settings</h2>{_table(points, results.names)}"
         f"<script type='application/json' id='data'>{body}</script><script>{_SCRIPT}</script></body></html>\n"

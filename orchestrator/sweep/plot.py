@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from orchestrator.sweep.results import BASELINE, Point, Results, interval
+from orchestrator.sweep.results import BASELINE, FASTEST, Point, Results, interval
 from orchestrator.sweep.tables import UNITS
 
 _INK: Final = "#1b2733"
@@ -21,6 +21,11 @@ _SHOWN_PARAMETERS: Final = 10
 def cost_axis(results: Results) -> str:
     """The objective that is drawn against accuracy: the first other one."""
     return next(name for name in results.config.objectives if name != "accuracy")
+
+
+def described(name: str, results: Results) -> str:
+    """A recommendation's name for people: the fastest is seldom the fastest of all."""
+    return f"fastest that loses at most {100 * results.config.tolerance:g} points" if name == FASTEST else name
 
 
 def draw(results: Results, importance: Mapping[str, Mapping[str, float]], title: str, path: Path) -> Path:
@@ -63,7 +68,7 @@ def _front(axes: Any, results: Results) -> None:
         marker, colour = _MARKS[name]
         axes.plot(
             *_places([point], cost), marker=marker, markersize=13, markerfacecolor="none", markeredgecolor=colour,
-            markeredgewidth=1.8, linestyle="none", label=f"{name}: trial {point.number}",
+            markeredgewidth=1.8, linestyle="none", label=f"{described(name, results)}: trial {point.number}",
         )  # fmt: skip
     axes.set_xlabel(UNITS[cost][0])
     axes.set_ylabel("accuracy on held-out images, %")

@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from itpn_core.errors import ConfigError, nearest
+from itpn_core.errors import ConfigError
 from itpn_core.random import name_key
 from orchestrator.sweep.front import UP, Objective
-from orchestrator.sweep.parameter import CATEGORICAL, INTEGER, Parameter, Value
-from orchestrator.sweep.space import COUNT_LIMIT, Setting, Space
+from orchestrator.sweep.limits import Limit
+from orchestrator.sweep.optuna_words import distribution, optuna_sampler, suggested
+from orchestrator.sweep.parameter import CATEGORICAL, Value
+from orchestrator.sweep.space import Setting, Space
 
 RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE = "running", "finished", "pruned", "failed", "infeasible"
 STATES = (RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE)
@@ -33,48 +34,6 @@ STARTUP = 16
 _REPEATS = 20
 _FALLBACKS = 200
 _INACTIVE = "inactive"
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A measured value that must stay on one side: `images_per_second >= 100` or `accuracy_loss <= 0.01`."""
-
-    name: str
-    operator: str
-    bound: float
-
-    def violation(self, values: Mapping[str, float]) -> float:
-        """By how much the limit is missed; 0 or less when it is kept."""
-        return self.bound - values[self.name] if self.operator == ">=" else values[self.name] - self.bound
-
-
-def parse_limits(texts: Any, names: Iterable[str], where: str = "sweep.limits") -> tuple[Limit, ...]:
-    """Reads texts such as `images_per_second >= 100`.
-
-    Args:
-        texts: a list of them.
-        names: values that every trial measures.
-        where: place in the recipe, for messages.
-
-    Raises:
-        ConfigError: an unreadable text or an unknown name.
-    """
-    known = list(names)
-    limits = []
-    if not isinstance(texts, (list, tuple)):
-        raise ConfigError(where, texts, "must be a list of texts such as 'images_per_second >= 100'")
-    for text in texts:
-        words = str(text).split()
-        try:
-            name, sign, bound = words[0], words[1], float(words[2])
-        except (IndexError, ValueError):
-            raise ConfigError(where, text, "must read 'value >= number' or 'value <= number'") from None
-        if sign not in (">=", "<=") or len(words) != 3:
-            raise ConfigError(where, text, "must read 'value >= number' or 'value <= number'")
-        if name not in known:
-            raise ConfigError(where, text, f"no trial measures {name!r}", nearest(name, known))
-        limits.append(Limit(name, sign, bound))
-    return tuple(limits)
 
 
 @dataclass(frozen=True)
@@ -148,7 +107,7 @@ class _Known:
         self.next = max((trial.number for trial in trials), default=-1) + 1
         self.settings = {trial.setting for trial in trials}
         self.running = {trial.number for trial in trials if trial.state == RUNNING}
-        self._size: int | None = None
+        self._least = 0
 
     def check_end(self, number: int, state: str) -> None:
         if number not in self.running:
@@ -181,9 +140,10 @@ class _Known:
         """Whether a countable space has been tried in full."""
         if self.space.continuous:
             return False
-        if self._size is None:
-            self._size = self.space.size(COUNT_LIMIT) or 0
-        return len(self.settings) >= self._size
+        if len(self.settings) >= self._least:
+            # Counted only as far as needed: a space of thousands of settings takes seconds.
+            self._least = self.space.size(2 * len(self.settings) + 1) or 0
+        return len(self.settings) >= self._least
 
 
 class _PlainSampler:
@@ -280,7 +240,7 @@ class _ModelSampler:
         for parameter in self._space.parameters:
             exists = self._space.active(parameter, existing)
             if exists or self._kind != "tpe":
-                chosen[parameter.name] = _suggested(asked, parameter, self._distributions[parameter.name])
+                chosen[parameter.name] = suggested(asked, parameter, self._distributions[parameter.name])
                 if exists:
                     existing[parameter.name] = chosen[parameter.name]
         return chosen
@@ -355,39 +315,3 @@ def _survives(name: str) -> bool:
 
 def _frozen_values(values: Mapping[str, Any]) -> dict[str, Value]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def optuna_sampler(kind: str, seed: int, startup: int) -> optuna.samplers.BaseSampler:
-    """An Optuna sampler of ours, fresh for every question."""
-    if kind == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-    if kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=startup)
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
-
-
-def distribution(parameter: Parameter) -> BaseDistribution:
-    """A parameter as Optuna knows it; choices become texts, because Optuna takes no lists."""
-    if parameter.kind == CATEGORICAL:
-        return CategoricalDistribution([json.dumps(choice) for choice in parameter.choices])
-    # the last value of a range that its step does not divide; Optuna would warn and cut
-    high: Any = parameter.high if parameter.count is None else parameter.at(parameter.count - 1)
-    if parameter.kind == INTEGER:
-        return IntDistribution(int(parameter.low), high, log=parameter.log, step=int(parameter.step))
-    return FloatDistribution(parameter.low, high, log=parameter.log, step=parameter.step or None)
-
-
-def _suggested(asked: optuna.Trial, parameter: Parameter, known: BaseDistribution) -> Value:
-    name = parameter.name
-    value: Any
-    if isinstance(known, CategoricalDistribution):
-        value = asked.suggest_categorical(name, known.choices)
-        return parameter.choices[int(known.choices.index(value))]
-    if isinstance(known, IntDistribution):
-        value = asked.suggest_int(name, known.low, known.high, step=known.step, log=known.log)
-        return int(value)
-    if not isinstance(known, FloatDistribution):
-        raise TypeError(f"no such distribution: {known}")
-    value = asked.suggest_float(name, known.low, known.high, step=known.step, log=known.log)
-    # the same rounding as everywhere, so that a setting has one name
-    return parameter.at(round((value - parameter.low) / parameter.step)) if parameter.step else float(value)

@@ -29,20 +29,21 @@ from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.sampler import Trial
-from orchestrator.sweep.space import parse_space
 from orchestrator.sweep.state import OutOfMemory, SweepState, TimedOut, run_trial
 
 TRIAL_CPUS = 0.01
 _TASK_CPUS = 0.9
 _DEATH_S = 30.0
+RESTS = "rests"
 
 
 class MeasureFn(Protocol):
     """The work of one trial: a function of a module, so that workers can import it."""
 
-    def __call__(self, config: SweepJobConfig, folder: Folder, trial: Trial) -> End:
-        """Runs it."""
+    def __call__(self, config: SweepJobConfig, folder: Folder, trial: Trial) -> End | None:
+        """Runs it to its end; None when it rests before."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class Work:
     folder_uri: str
     placement: Placement
     measure: MeasureFn
+    slices: int = 1
+    """Pieces in which a trial may run at most."""
 
 
 class StateSearcher(Searcher):  # type: ignore[misc]
@@ -129,11 +132,11 @@ class StateSearcher(Searcher):  # type: ignore[misc]
         self._on_end = on_end
         self._numbers: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial's number, or that there is none."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's number, or that there is none: now, while others may come to rest, or at all."""
         trial = self._state.next()
         if trial is None:
-            return str(Searcher.FINISHED)
+            return None if self._numbers else str(Searcher.FINISHED)
         self._numbers[trial_id] = trial.number
         return {"number": trial.number}
 
@@ -143,7 +146,11 @@ class StateSearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Takes up the end from the journal, whatever became of Tune's trial."""
         number = self._numbers.pop(trial_id, None)
-        if number is not None:
+        if number is None:
+            return
+        if result and result.get("state") == RESTS and not error:
+            self._state.rest(number)
+        else:
             self._on_end(self._state.trials[number], self._state.close(number))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,7 +187,8 @@ def run_sweep(work: Work, state: SweepState, on_end: Callable[[Trial, End], None
             tune.with_resources(partial(_trial, work=work), {"CPU": TRIAL_CPUS}),
             tune_config=tune.TuneConfig(
                 search_alg=StateSearcher(state, on_end),
-                num_samples=left,
+                # A trial that rests comes as another one of Tune's when it goes on.
+                num_samples=left * work.slices,
                 max_concurrent_trials=work.placement.concurrent,
             ),
             run_config=tune.RunConfig(
@@ -200,10 +208,10 @@ def _trial(tune_config: Mapping[str, Any], work: Work) -> None:
     sweep = work.config.sweep
     trial = journal.trial(int(tune_config["number"]), parse_space(sweep.space, sweep.constraints))
     end = run_trial(journal, trial, partial(_in_task, work), sweep.retries)
-    tune.report({"state": end.state, **end.values})
+    tune.report({"state": RESTS} if end is None else {"state": end.state, **end.values})
 
 
-def _in_task(work: Work, trial: Trial) -> End:
+def _in_task(work: Work, trial: Trial) -> End | None:
     """The work of a trial in a process of its own, for as long as it may take."""
     placement = work.placement
     # Not in the placement group of the Tune trial, which holds a hundredth of a CPU.
@@ -227,7 +235,7 @@ def _in_task(work: Work, trial: Trial) -> End:
 
 
 @ray.remote(max_retries=0)  # type: ignore[untyped-decorator]
-def _measure(work: Work, number: int) -> End:
+def _measure(work: Work, number: int) -> End | None:
     folder = Folder(work.folder_uri, work.config.data.store)
     sweep = work.config.sweep
     trial = TrialJournal(folder).trial(number, parse_space(sweep.space, sweep.constraints))

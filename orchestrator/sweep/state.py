@@ -8,11 +8,12 @@ from typing import Any
 
 from itpn_core.errors import UserError
 from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.queue import Queue, resting_rungs
 from orchestrator.sweep.sampler import FAILED, INFEASIBLE, RUNNING, Sampler, Trial
 from orchestrator.sweep.space import Space
 
-Measure = Callable[[Trial], End]
-"""Runs one trial to its end; raises when it cannot."""
+Measure = Callable[[Trial], End | None]
+"""Runs one trial to its end, or to where it rests (None); raises when it cannot."""
 
 
 class OutOfMemory(Exception):  # noqa: N818 -- an outcome of a trial, not a mistake
@@ -32,6 +33,7 @@ class SweepState:
         make_sampler: builds the sampler from the journal's trials.
         trials: how many trials the sweep shall have in all.
         retries: further attempts of a trial that failed.
+        queue: how trials in training take turns; None where each runs to its end at once.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class SweepState:
         make_sampler: Callable[[Iterable[Trial]], Sampler],
         trials: int,
         retries: int,
+        queue: Queue | None = None,
     ) -> None:
         self.journal = journal
         self.budget = trials
@@ -49,18 +52,33 @@ class SweepState:
         self.trials = {trial.number: trial for trial in known}
         self.resumed = len(self.ends)
         self._sampler = make_sampler(known)
-        self._waiting = [trial for trial in known if trial.state == RUNNING]
         self._exhausted = False
+        self._queue = queue
+        self._curves = {trial.number: journal.curve(trial.number) for trial in known} if queue else {}
+        running = [trial for trial in known if trial.state == RUNNING]
+        self._resting = {trial.number for trial in running if self._rests(trial.number)}
+        self._waiting = [trial for trial in running if trial.number not in self._resting]
 
     def next(self) -> Trial | None:
-        """A trial to run now: first those that an earlier process left unfinished, then a new one.
+        """A trial to run now: first one that an earlier process left unfinished, then who has the turn, then a new one.
 
-        None when the budget is spent or the space is exhausted.
+        None when there is none: the budget is spent, the space is exhausted, or what is left is running.
         """
         if self._waiting:
             return self._waiting.pop(0)
-        if len(self.trials) >= self.budget or self._exhausted:
+        if self._spent:
             return None
+        more = len(self.trials) < self.budget and not self._exhausted
+        number = self._queue.turn(self._curves, self._resting, self.ends, more) if self._queue else None
+        if number is not None:
+            self._resting.remove(number)
+            return self.trials[number]
+        if not more:
+            return None
+        # With nothing new left, those that rest have their turn.
+        return self._ask() or self.next()
+
+    def _ask(self) -> Trial | None:
         trial = self._sampler.ask()
         if trial is None:
             self._exhausted = True
@@ -76,17 +94,38 @@ class SweepState:
         if end is None:
             end = self.journal.ended(number, End(FAILED, error="the trial left no result", ended=time.time()))
         self.ends[number] = end
+        if self._queue:
+            self._curves[number] = self.journal.curve(number)
         self._sampler.tell(number, end.state, end.values or None)
         return end
+
+    def rest(self, number: int) -> None:
+        """Takes up a trial that rests: it goes on when it has the turn."""
+        self._curves[number] = self.journal.curve(number)
+        self._resting.add(number)
+
+    def _rests(self, number: int) -> bool:
+        return self._queue is not None and len(self._curves[number]) - 1 in resting_rungs(self._queue.length)
+
+    @property
+    def resting(self) -> int:
+        """Trials that have been trained in part and wait for their turn."""
+        return len(self._resting)
+
+    @property
+    def _spent(self) -> bool:
+        return self._queue is not None and self._queue.spent(self._curves)
 
     @property
     def left(self) -> int:
         """Trials that are still to be run."""
-        return 0 if self._exhausted else max(0, self.budget - len(self.ends))
+        if self._spent:
+            return 0
+        return max(0, (len(self.trials) if self._exhausted else self.budget) - len(self.ends))
 
 
-def run_trial(journal: TrialJournal, trial: Trial, measure: Measure, retries: int) -> End:
-    """Runs a trial until it has an end in the journal: measured, infeasible, or failed too often.
+def run_trial(journal: TrialJournal, trial: Trial, measure: Measure, retries: int) -> End | None:
+    """Runs a trial until it has an end in the journal: measured, infeasible, or failed too often. None: it rests.
 
     Args:
         journal: where the end is written, by whoever runs the trial: a dead driver loses nothing.
@@ -100,7 +139,10 @@ def run_trial(journal: TrialJournal, trial: Trial, measure: Measure, retries: in
     while True:
         begun = time.time()
         try:
-            end = measure(trial)
+            found = measure(trial)
+            if found is None:
+                return None
+            end = found
         except OutOfMemory as error:
             end = _no_result(INFEASIBLE, f"out of memory: {error}", begun)
         except UserError as error:

@@ -35,6 +35,7 @@ from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import End, TrialJournal, trial_uid
 from orchestrator.sweep.legal import with_fields
 from orchestrator.sweep.pruning import should_stop
+from orchestrator.sweep.queue import resting_rungs
 from orchestrator.sweep.sampler import FINISHED, PRUNED, Trial
 from orchestrator.sweep.state import OutOfMemory, measured
 
@@ -43,6 +44,7 @@ TOP1 = "eval/knn_top1"
 SHARE = 0.95
 """Of the CPUs that a worker asks for: what is left lets the waiting trials fit on the same node."""
 BEATEN = "pruned: its optimistic bound is dominated by the front"
+RESTS = "rests: others that rank higher go on first"
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -79,15 +81,17 @@ class Rungs(UserCallback):  # type: ignore[misc]
         number: of the trial.
         sweep: settings of the sweep.
         gflops: of the trial's model; does not change while it trains.
+        length: rungs of a complete training; 0 = unknown, and no trial rests.
+        begun: rungs that it had reached before this piece of its training.
         board: noticeboard that the trial's rank 0 reads.
     """
 
     def __init__(
-        self, folder_uri: str, store: StoreConfig, number: int, sweep: SweepConfig, gflops: float, board: Any
-    ) -> None:
-        self._place, self._number, self._sweep, self._gflops, self._board = (
-            (folder_uri, store), number, sweep, gflops, board,
-        )  # fmt: skip
+        self, folder_uri: str, store: StoreConfig, number: int, sweep: SweepConfig, gflops: float,
+        length: int, begun: int, board: Any,
+    ) -> None:  # fmt: skip
+        self._place, self._number, self._sweep = (folder_uri, store), number, sweep
+        self._gflops, self._length, self._begun, self._board = gflops, length, begun, board
 
     def after_report(self, run_context: object, metrics: list[dict[str, Any]], checkpoint: object) -> None:
         """As Ray Train calls it; evaluations of the untrained student are no rung."""
@@ -99,6 +103,13 @@ class Rungs(UserCallback):  # type: ignore[misc]
         rung = journal.rung(self._number, int(found["step"]), values)
         if beaten(values, rung, journal.finished_curves(), self._sweep):
             ray.get(self._board.stop.remote(BEATEN))
+        elif rung >= self._begun and rung in resting_rungs(self._length):
+            ray.get(self._board.stop.remote(RESTS))
+
+
+def rungs_of(config: SweepJobConfig) -> int:
+    """Evaluations after the start of a complete training; 0 when the recipe does not say (`train.max_steps`)."""
+    return 0 if config.train.max_steps else math.ceil(config.train.epochs / config.eval.every_epochs)
 
 
 def beaten(values: Mapping[str, float], rung: int, curves: list[list[dict[str, float]]], sweep: SweepConfig) -> bool:
@@ -118,8 +129,8 @@ def beaten(values: Mapping[str, float], rung: int, curves: list[list[dict[str, f
     return should_stop(gains([values], goals)[0], rung, finished)
 
 
-def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End:
-    """Trains one trial to its end, from its last checkpoint when it has one.
+def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End | None:
+    """Trains one trial from its last checkpoint, to its end or to where it rests (None).
 
     Args:
         config: resolved configuration of the sweep.
@@ -131,6 +142,10 @@ def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End:
         UserError: the setting cannot be trained.
     """
     begun = time.time()
+    journal = TrialJournal(folder)
+    curve = journal.curve(trial.number)
+    if curve and beaten(curve[-1], len(curve) - 1, journal.finished_curves(), config.sweep):
+        return measured(PRUNED, curve[-1], {"curve": curve, "stopped": BEATEN}, begun)
     ready_for_train(config.cluster)
     plain = trial_config(config, folder, trial)
     run_folder = Folder(f"{plain.run.storage}/{plain.run.name}", plain.data.store)
@@ -145,9 +160,13 @@ def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End:
     reduction = plain.model.migration, plain.model.gathering
     gflops = flops_of(plain.model, plain.model.img_size, reduction) / 1e9
     board = open_board(plain.cluster.max_failures)
-    callback = Rungs(folder.uri, plain.data.store, trial.number, config.sweep, gflops, board)
+    callback = Rungs(
+        folder.uri, plain.data.store, trial.number, config.sweep, gflops, rungs_of(config), len(curve), board
+    )
     outcome = _fit(plain, run_folder, record, board, callback)
-    curve = TrialJournal(folder).curve(trial.number)
+    curve = journal.curve(trial.number)
+    if outcome["stopped"] == RESTS:
+        return None
     if not curve:
         raise RuntimeError("the trial ended without an evaluation")
     state = PRUNED if outcome["stopped"] else FINISHED

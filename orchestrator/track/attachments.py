@@ -29,9 +29,11 @@ def ship(client: Any, run_id: str, event: Event, directory: Path, redactor: Reda
 
 def _ship_artifact(client: Any, run_id: str, event: Artifact, directory: Path, redactor: Redactor) -> None:
     source = directory / event.path  # an absolute path stays itself
-    if not source.exists():
-        raise FileNotFoundError(2, "artifact", str(source))
     folder = event.folder or None
+    if not source.exists():
+        if _is_held(client, run_id, source.name, event.folder):
+            return  # shipped by a host whose disk we do not have
+        raise FileNotFoundError(2, "artifact", str(source))
     if source.is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             clean = Path(scratch) / source.name
@@ -44,6 +46,12 @@ def _ship_artifact(client: Any, run_id: str, event: Artifact, directory: Path, r
             client.log_artifact(run_id, str(clean), folder)
     else:
         client.log_artifact(run_id, str(source), folder)
+
+
+def _is_held(client: Any, run_id: str, name: str, folder: str) -> bool:
+    """Whether the server has an artifact of this name already."""
+    path = f"{folder}/{name}" if folder else name
+    return any(item.path == path for item in client.list_artifacts(run_id, folder or None))
 
 
 def _copy_clean(source: Path, target: Path, redactor: Redactor) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchestrator.track.history import RunHistory
 
-_FACTS = ("git.commit", "git.state", "source.sha256", "manifest.sha256", "device", "image")
+_FACTS = ("git.commit", "git.state", "source.sha256", "manifest.sha256", "device", "cluster.shape", "image")
 _NOT_RESULTS = ("system/", "tracking/", "data/wait", "train/images_per_second")
 
 

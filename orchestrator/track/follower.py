@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.track.client import RefusedError, RunLostError, UnreachableError
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.events import Metrics, Record
 from orchestrator.track.journal import Position, StreamLock, read, segments, streams
-from orchestrator.track.server import RefusedError, RunLostError, Server, UnreachableError
+from orchestrator.track.server import Server
 
 _log = logging.getLogger(__name__)
 

@@ -62,6 +62,10 @@ def register(client: Any, run_id: str, event: Model, directory: Path) -> str:
         FileNotFoundError: the weights are not there any more.
     """
     weights = directory / event.weights
+    if not weights.exists():
+        version = _of_step(client, run_id, event)
+        if version is not None:
+            return version  # registered by a host whose disk we do not have
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     version = _held(client, run_id, event.name, digest)
     if version is None:
@@ -103,6 +107,14 @@ def _held(client: Any, run_id: str, name: str, digest: str) -> str | None:
     """The version of this run that holds these weights."""
     for version in client.search_model_versions(f"run_id='{run_id}'"):
         if version.name == name and version.tags.get(_DIGEST) == digest:
+            return str(version.version)
+    return None
+
+
+def _of_step(client: Any, run_id: str, event: Model) -> str | None:
+    """The version of this run that was made from the same step."""
+    for version in client.search_model_versions(f"run_id='{run_id}'"):
+        if version.name == event.name and version.tags.get("step") == str(event.step):
             return str(version.version)
     return None
 

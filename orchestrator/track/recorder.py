@@ -14,64 +14,22 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from orchestrator.track import events
+from orchestrator.track.backlog import Backlog
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.follower import Follower, Shipper
-from orchestrator.track.journal import Journal
+from orchestrator.track.journal import Journal, segments, streams
 from orchestrator.track.redact import Redactor, flatten
 from orchestrator.track.server import RunIdentity, Server
 
 IDENTITY = Path("track") / "run.json"
 _log = logging.getLogger(__name__)
 _METRIC_NAME = re.compile(r"[\w\-. :]+(/[\w\-. :]+)*")
-
-
-@dataclass(frozen=True)
-class Backlog:
-    """What the server does not hold when a recorder was closed.
-
-    Attributes:
-        waiting: records in the journal that are not shipped yet.
-        refused: records the server will never take (listed in track/refused.jsonl).
-        lost: records that the local disk did not take.
-        reason: the last error, without credentials.
-        target: the tracking URI, without credentials.
-        replay: command that ships the rest.
-        run_id: the MLflow run ("" when the server never answered).
-    """
-
-    waiting: int
-    refused: int
-    lost: int
-    reason: str
-    target: str
-    replay: str
-    run_id: str
-
-    @property
-    def empty(self) -> bool:
-        """Whether the server holds everything."""
-        return not (self.waiting or self.refused or self.lost)
-
-    def __str__(self) -> str:
-        if self.empty:
-            return f"every record is in MLflow at {self.target} (run {self.run_id})"
-        lines = []
-        if self.waiting:
-            why = f" ({self.reason})" if self.reason else ""
-            lines.append(f"{self.waiting} records are not in MLflow at {self.target} yet{why}; they are safe on disk.")
-            lines.append(f"Ship them later: {self.replay}")
-        if self.refused:
-            lines.append(f"{self.refused} records were refused by MLflow; see track/refused.jsonl in the run directory")
-        if self.lost:
-            lines.append(f"{self.lost} records were lost: the local disk did not take them ({self.reason})")
-        return "\n".join(lines)
 
 
 class Recorder:
@@ -273,6 +231,13 @@ class Recorder:
         write_report(history, self.directory, path)
         self.artifact(path)
         return path
+
+    def journals(self) -> None:
+        """Keep the journals of the run's other processes as artifacts: what every curve and report was made from."""
+        for stream in streams(self.directory):
+            if stream != self._journal.stream:
+                for segment in segments(stream):
+                    self.artifact(segment, f"journal/{stream.name}")
 
     # -- its own health ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from itpn_core.reduction.picture import KEPT, LAYER_COLOURS, observe, overlay
 
 _INCHES: Final = 2.6
 _DPI: Final = 110
+_CELL: Final = 16
 
 
 def draw_reduction(model: Backbone, images_B3HW: Tensor, normalised_B3HW: Tensor, path: Path) -> Path:
@@ -30,7 +31,9 @@ def draw_reduction(model: Backbone, images_B3HW: Tensor, normalised_B3HW: Tensor
     from matplotlib.patches import Patch
 
     seen = observe(model, normalised_B3HW)
-    tinted = overlay(images_B3HW, seen)
+    # cells of a few pixels would vanish under the lines of the windows
+    times = -(-_CELL * seen.dropped.shape[1] // images_B3HW.shape[2])
+    tinted = overlay(images_B3HW.repeat_interleave(times, 2).repeat_interleave(times, 3), seen)
     plain = images_B3HW.detach().cpu().float().clamp(0, 1).permute(0, 2, 3, 1)
     count = len(plain)
     figure = Figure(figsize=(_INCHES * count, 2 * _INCHES + 0.7), dpi=_DPI, layout="constrained")

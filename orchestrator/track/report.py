@@ -15,6 +15,8 @@ from orchestrator.track.history import RunHistory
 _WIDTH, _HEIGHT, _PAD = 520, 190, 34
 _POINTS: Final = 400
 _COLOURS: Final = ("#1f6fb4", "#d1603d", "#3a8f5c", "#8a5fb0", "#b08a1e", "#5b6b7a")
+_ORDER: Final = ("train/loss", "eval/", "health/", "train/", "data/", "goodput/", "system/", "checkpoint/", "tracking/")
+_UNITS: Final = {"_percentage": "%", "_mb_per_s": "MB/s", "_mb": "MB"}
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b2733;max-width:1120px;margin:2rem auto;padding:0 1rem}
 h1{margin-bottom:.1rem}h2{margin-top:2.2rem;border-bottom:1px solid #dde3e8;padding-bottom:.2rem}
@@ -25,7 +27,7 @@ th{color:#5b6b7a;font-weight:600}.charts{display:flex;flex-wrap:wrap;gap:1rem}fi
 figcaption{font-size:.85em;color:#5b6b7a}img{max-width:100%;border:1px solid #dde3e8}
 .cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1rem 0}.card{border:1px solid #dde3e8;border-radius:.5rem;
 padding:.5rem .9rem;min-width:8rem}.card b{display:block;font-size:1.25em}details{margin:.6rem 0}summary{cursor:pointer}
-svg text{font:11px system-ui,sans-serif;fill:#5b6b7a}pre{white-space:pre-wrap}
+figure.chart{max-width:520px}svg text{font:11px system-ui,sans-serif;fill:#5b6b7a}pre{white-space:pre-wrap}
 """
 
 
@@ -122,20 +124,39 @@ def _headline(history: RunHistory) -> str:
 
 
 def _groups(history: RunHistory) -> dict[str, list[str]]:
-    """Metrics that belong in one chart: those that differ only after the last slash of three or more parts."""
+    """Metrics that belong in one chart: those that differ only after the last slash of three or more parts.
+
+    The load of a host has several units, and so a chart for each.
+    """
     groups: dict[str, list[str]] = {}
     for name in sorted(history.series):
-        if len(history.series[name]) > 1:
-            parts = name.split("/")
-            groups.setdefault("/".join(parts[:-1]) if len(parts) > 2 else name, []).append(name)
+        parts = name.split("/")
+        group = "/".join(parts[:-1]) if len(parts) > 2 else name
+        if group.startswith("system/"):
+            group += next((f" ({unit})" for end, unit in _UNITS.items() if name.endswith(end)), f"/{parts[-1]}")
+        if len(set(history.series[name].values())) > 1:
+            groups.setdefault(group, []).append(name)
     return groups
+
+
+def _place(group: str) -> tuple[int, str]:
+    """Where a chart stands: what was learnt first, then how the run went, then the machine."""
+    first = next((at for at, start in enumerate(_ORDER) if group.startswith(start)), len(_ORDER))
+    return first, group
 
 
 def _charts(history: RunHistory) -> str:
     groups = _groups(history)
-    order = sorted(groups, key=lambda group: (not group.startswith("train/loss"), not group.startswith("eval"), group))
-    charts = [_chart(group, {name: history.series[name] for name in groups[group]}) for group in order]
-    return f"<div class='charts'>{''.join(charts)}</div>" if charts else ""
+    charts = [
+        _chart(group, {name: history.series[name] for name in groups[group]}) for group in sorted(groups, key=_place)
+    ]
+    still = [
+        f"{name} {next(iter(points.values())):.4g}"
+        for name, points in sorted(history.series.items())
+        if len(points) > 1 and len(set(points.values())) == 1
+    ]
+    constant = f"<p class='sub'>The same at every step: {escape(', '.join(still))}</p>" if still else ""
+    return f"<div class='charts'>{''.join(charts)}</div>{constant}" if charts or still else ""
 
 
 def _thin(points: dict[int, float]) -> list[tuple[int, float]]:
@@ -161,11 +182,11 @@ def _chart(title: str, curves: dict[str, dict[int, float]]) -> str:
             f"{70 + (step - left) * across:.1f},{_HEIGHT - _PAD - (value - low) * up:.1f}" for step, value in points
         )
         lines.append(f"<polyline fill='none' stroke='{colour}' stroke-width='1.5' points='{path}'/>")
-        label = name.removeprefix(f"{title}/") if len(thin) > 1 else ""
+        label = name.rsplit("/", 1)[-1] if name != title else ""
         keys.append(f"<span style='color:{colour}'>■</span> {escape(label)} {points[-1][1]:.4g}" if points else "")
     base = _HEIGHT - _PAD
     return (
-        f"<figure><svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='{escape(title)}'>"
+        f"<figure class='chart'><svg width='{_WIDTH}' height='{_HEIGHT}' role='img' aria-label='{escape(title)}'>"
         f"<path d='M70 {_PAD}V{base}H{_WIDTH - _PAD}' fill='none' stroke='#dde3e8'/>{''.join(lines)}"
         f"<text x='64' y='{_PAD + 4}' text-anchor='end'>{high:.4g}</text>"
         f"<text x='64' y='{base}' text-anchor='end'>{low:.4g}</text><text x='70' y='{base + 16}'>{left}</text>"

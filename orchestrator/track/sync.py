@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.track.client import UnreachableError
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.follower import Shipper
 from orchestrator.track.journal import StreamLock, streams
 from orchestrator.track.recorder import IDENTITY
 from orchestrator.track.redact import Redactor
-from orchestrator.track.server import RunIdentity, Server, UnreachableError
+from orchestrator.track.server import RunIdentity, Server
 
 
 @dataclass(frozen=True)

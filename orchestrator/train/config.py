@@ -93,6 +93,18 @@ class TrainConfig:
         default=False,
         metadata={"affects_result": False, "help": "keep no activations inside blocks: less memory, a third more work"},
     )
+    parallel: str = field(
+        default="replicate",
+        metadata={
+            "affects_result": False,
+            "help": "replicate | shard | hybrid: each worker holds the whole model, a part (FSDP2), or a part per node",
+            "choices": "replicate,shard,hybrid",
+        },
+    )
+    shard_ranks: int = field(
+        default=0,
+        metadata={"affects_result": False, "help": "hybrid: workers that share one copy; 0 = those of one node"},
+    )
     compile: bool = field(
         default=False, metadata={"affects_result": False, "help": "compile every block and the teacher (torch.compile)"}
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,8 @@ class RunContext(Protocol):
 
     rank: int
     world: int
+    local_world: int
+    """Ranks on this host."""
     device: torch.device
     folder: Folder
     """Run folder on shared storage."""
@@ -47,3 +49,41 @@ class RunContext(Protocol):
 
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """Hands numbers and the newest committed checkpoint to the launcher. Collective: every rank calls it."""
+
+
+class Silent:
+    """A `RunContext` that tells nobody anything: for probes and checks, which leave nothing behind.
+
+    Args:
+        directory: storage and local directory at once.
+        rank: of this process.
+        world: number of processes.
+        device: to compute on; None = the CPU.
+    """
+
+    run_uid = "0" * 32
+    attempt = 1
+    term = 0
+
+    def __init__(self, directory: Path, rank: int = 0, world: int = 1, device: torch.device | None = None) -> None:
+        self.rank, self.world, self.local_world = rank, world, world
+        self.device = device or torch.device("cpu")
+        self.directory = directory
+        self.folder = Folder(str(directory))
+        self.facts: dict[str, str] = {}
+
+    def progress(self, stage: str, **_: Any) -> None:
+        """Not shown."""
+
+    def measured(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Not shown."""
+
+    def note(self, text: str) -> None:
+        """Not shown."""
+
+    def stop_reason(self) -> str:
+        """Never."""
+        return ""
+
+    def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
+        """Not kept."""

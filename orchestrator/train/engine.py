@@ -15,18 +15,21 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.quarantine import Damage
 from orchestrator.data.views import train_view
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
 from orchestrator.train.context import PREEMPTED, RunContext
 from orchestrator.train.goodput import Goodput
+from orchestrator.train.hosts import find_hosts
 from orchestrator.train.kind import open_kind
 from orchestrator.train.monitor import Monitor
 from orchestrator.train.optimizer import peak_lr
 from orchestrator.train.outcome import Outcome
+from orchestrator.train.parallel import open_mesh
 from orchestrator.train.profile import Profiler
 from orchestrator.train.records import RunRecords
-from orchestrator.train.saving import Saver, changed_since, fingerprints, load_agreed
+from orchestrator.train.saving import Saver, changed_since, fingerprints, follow_leader, load_agreed
 from orchestrator.train.step import Step
 from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
@@ -54,15 +57,17 @@ class Engine:
         self.steps_per_epoch = self.order.batches_per_epoch(config.train.global_batch)
         self.total = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.kind = open_kind(config, run, manifest)
-        self.state = build_state(config, self.kind, run.device)
+        self.state = build_state(config, self.kind, run.device, run.world, open_mesh(config.train, run))
         self.peak_lr = peak_lr(config.train.optimizer, config.train.global_batch)
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(
             run.folder, config.checkpoint.keep, config.checkpoint.keep_every_steps, fingerprints(config, manifest, run),
-            run.term,
+            run.term, self.state.parallel.together,
         )  # fmt: skip
-        self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note)
+        self._all_save = self.state.parallel.together is not None
+        agree = follow_leader if self._all_save else int
+        self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note, agree=agree)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
             config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.peak_lr,
@@ -91,7 +96,7 @@ class Engine:
         """Loads the newest whole checkpoint, or does what a fresh run begins with."""
         self.watchdog.begin()
         self.watchdog.collective("choice of the checkpoint")
-        snapshot = load_agreed(self.checkpoints, self.run)
+        snapshot = load_agreed(self.checkpoints, self.run, self.state.wanted())
         if snapshot is not None:
             self.state.restore(snapshot)
             self.checkpoints.best = self.state.best_step
@@ -99,15 +104,18 @@ class Engine:
             for line in changed_since(snapshot, self.checkpoints.made_by):
                 self.run.note(f"warning: {line}")
         else:
-            self.kind.start(self.state.task)
+            self.state.parallel.start(self.kind.start)
             self.state.average.restart()
         self.goodput.resume(self.state.ledger, self.state.step)
+        self.state.parallel.begin()
         self.step_fn = Step(
             self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
         )
-        if self.run.rank == 0:
-            self.monitor.measure_utilisation()
-        self.records.started(self.state, self.total, self.peak_lr)
+        with self.state.parallel.whole() as task:
+            if self.run.rank == 0:
+                self.monitor.measure_utilisation(task)
+        self.watchdog.collective("hosts of the ranks")
+        self.records.started(self.state, self.total, self.peak_lr, find_hosts(self.run))
         self.goodput.watch.leave()
 
     @property
@@ -127,6 +135,7 @@ class Engine:
         first = self.state.step % self.steps_per_epoch
         stop = min(self.steps_per_epoch, first + self.total - self.state.step)
         self.monitor.begin()
+        self._merge_quarantined()  # what the last epoch's loader found
         with self.goodput.span("data"):
             loader = self._open_loader(first, stop)
         try:
@@ -203,7 +212,7 @@ class Engine:
         ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
         with self.goodput.span("compute"):
-            flags = [bool(reason), leads and self._save_due(), leads and self.monitor.collapsed(), ended is not None]
+            flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None]
             reading = self.window.read(flags, self.goodput.sums())
             self.goodput.take(reading.sums, self.state.step)
             self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics())
@@ -226,10 +235,10 @@ class Engine:
         return self.finished() or (every > 0 and self.epoch % every == 0)
 
     def save(self) -> None:
-        """Copies the state to the host and lets a background thread write it (rank 0)."""
+        """Copies the state to the host and lets a background thread write it: rank 0, or every rank its part."""
         with self.goodput.span("checkpoint"):
             self._merge_quarantined()
-            if self.run.rank == 0:
+            if self._all_save or self.run.rank == 0:
                 self.saver.save(self.state.step, self._take)
 
     def _take(self) -> tuple[Snapshot, Callable[[], None]]:
@@ -237,12 +246,13 @@ class Engine:
         return self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}), self.records.commit()
 
     def _settle(self, *, stopping: bool) -> None:
-        """Waits until the state is on storage; the other ranks have nothing to add and need not wait."""
+        """Waits until the state is on storage; ranks that have nothing to add need not wait."""
         self.watchdog.collective("seconds of all ranks")
         self.goodput.end(self.state.step)
-        if self.run.rank == 0:
+        if self._all_save or self.run.rank == 0:
             with self.goodput.span("checkpoint"):
                 self.saver.settle(self.state.step, self._take, stopping=stopping)
+        if self.run.rank == 0:
             self.goodput.take(self.goodput.sums(), self.state.step, ended=True)
 
     def _merge_quarantined(self) -> None:
@@ -250,12 +260,17 @@ class Engine:
         budget = self.config.data.quarantine_budget
         if not budget:
             return
-        mine = self._loader.counters.quarantined if self._loader else []
-        parts: list[list[int]] = [mine]
+        mine = [] if self._loader is None else self._loader.counters.damaged  # a loader at its end is falsy
+        parts: list[list[Damage]] = [mine]
         if self.run.world > 1:
+            self.watchdog.collective("damaged samples of all ranks")
             parts = [[] for _ in range(self.run.world)]
             dist.all_gather_object(parts, mine)
-        self.state.quarantined = sorted({*self.state.quarantined, *(i for part in parts for i in part)})
+        known = set(self.state.quarantined)
+        found = {damage.id: damage for part in parts for damage in part if damage.id not in known}
+        if found:
+            self.state.quarantined = sorted(known | found.keys())
+            self.records.damaged(self.state.step, list(found.values()), len(self.state.quarantined))
         if len(self.state.quarantined) > budget:
             raise UserError(
                 f"{len(self.state.quarantined)} samples are damaged, data.quarantine_budget={budget} allows fewer: "
@@ -281,17 +296,15 @@ class Engine:
     def _evaluate(self) -> None:
         self.run.progress("evaluating", step=self.state.step, total=self.total)
         state = self.state
-        state.average.swap()
-        try:
-            metrics = self.kind.evaluate(state.task, state.step, state.answers)
+        with state.averaged() as task:
+            metrics = self.kind.evaluate(task, state.step, state.answers)
             if self.run.rank == 0:
-                self.records.figures(self.kind.figures(state.task, state.step))
-        finally:
-            state.average.swap()
+                self.records.figures(self.kind.figures(task, state.step))
+            self.records.evaluation(state, metrics)
+            if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
+                self.checkpoints.best = state.step
+                self.records.best(task, state.step)
         self._evaluated = state.step
-        if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
-            self.checkpoints.best = state.step
-        self.records.evaluation(state, metrics)
         self.run.report({"step": float(state.step), **metrics}, self.checkpoints.last_committed)
 
     # -- end --------------------------------------------------------------------------------------------------------
@@ -305,7 +318,8 @@ class Engine:
     def finish(self) -> Outcome:
         """Ends the run: exports the final weights and sums up."""
         self._settle(stopping=False)
-        self.records.final(self.state)
+        with self.state.averaged() as task:
+            self.records.final(task, self.state.step, self.state.best_step)
         return self._outcome("")
 
     def _outcome(self, stopped: str) -> Outcome:

@@ -8,10 +8,10 @@ from typing import Any
 from itpn_core.finetuning.depth import parameter_depths
 from itpn_core.finetuning.task import ClassifyTask
 from itpn_core.models.importer import load_checkpoint
+from orchestrator.checkpoint.source import CLASSIFIER, open_source
 from orchestrator.config.tree import FinetuneConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.evaluate.classify import ClassifierEvaluator
-from orchestrator.evaluate.source import CLASSIFIER, open_source
 from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Weights
 

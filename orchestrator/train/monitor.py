@@ -58,11 +58,11 @@ class Monitor:
         self._clock = time.perf_counter()
         self._waited = 0.0
 
-    def measure_utilisation(self) -> None:
+    def measure_utilisation(self, task: Task) -> None:
         """Finds out what a step computes, so that windows can tell the share of the peak; waits for the device."""
         train, data = self._config.train, self._config.data
         world, device = self._run.world, self._run.device
-        self._utilisation = Utilisation(self._state.task, data.image_size, train.peak_tflops, device, world)
+        self._utilisation = Utilisation(task, data.image_size, train.peak_tflops, device, world)
 
     def mfu(self, images_per_second: float) -> float:
         """Share of the stated peak; 0 where none is known, and on ranks that do not measure."""
@@ -131,12 +131,15 @@ class Monitor:
             )
 
     def collapsed(self) -> bool:
-        """Whether a watched task has lost the spread of its features; looks every 25 steps. Called on rank 0."""
+        """Whether a watched task has lost the spread of its features; looks every 25 steps. Collective."""
         state = self._state
         if not state.task.watched or state.step // WATCH_EVERY == self._watched_step // WATCH_EVERY:
             return False
         self._watched_step = state.step
-        health = self._kind.health(state.task)
+        with state.parallel.whole() as task:
+            if self._run.rank:
+                return False
+            health = self._kind.health(task)
         self._records.health(state.step, health)
         try:
             state.task.watch(state.step, health)

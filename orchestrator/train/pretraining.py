@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from itpn_core.pretraining.tasks import PretrainTask, build_task
+from orchestrator.checkpoint.source import WEIGHTS
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.evaluate.knn import Evaluator
@@ -14,8 +15,6 @@ from orchestrator.evaluate.picture import Watched
 from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Weights
 from orchestrator.train.statistics import fit_statistics
-
-WEIGHTS = "backbone.safetensors"
 
 
 class Pretraining:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+from itpn_core.task import Task
 from orchestrator.config.load import to_yaml
 from orchestrator.config.tree import JobConfig
+from orchestrator.data.folder import StorageError
 from orchestrator.data.manifest import Manifest
+from orchestrator.data.quarantine import Damage
+from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.describe import model_card, run_description
 from orchestrator.track.environment import environment_text
-from orchestrator.track.journal import restore_segments
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
 from orchestrator.track.system import SystemSampler
 from orchestrator.train.context import RunContext
+from orchestrator.train.hosts import HostLoad, Hosts
 from orchestrator.train.kind import Kind
 from orchestrator.train.state import TrainState
 
 
 class RunRecords:
-    """Writes on rank 0; on other ranks every method does nothing.
+    """Writes on rank 0; on other ranks every method does nothing, but for the load of their host.
 
     Args:
         config: resolved configuration.
@@ -44,14 +48,18 @@ class RunRecords:
         self._kind = kind
         self._recorder: Recorder | None = None
         self._sampler: SystemSampler | None = None
+        self._host: HostLoad | None = None
+        self._journal = CommittedJournal(run.folder, run.directory)
         self._evaluation: dict[str, float] = {}
-        self._committed: set[Path] = set()
 
-    def started(self, state: TrainState, total: int, peak_lr: float) -> None:
+    def started(self, state: TrainState, total: int, peak_lr: float, hosts: Hosts) -> None:
         """Records what is known before the first step of this attempt."""
+        every = self._config.track.system_every_s
         if self._run.rank:
+            if hosts.node and hosts.leads and every > 0:
+                self._host = HostLoad(self._config, self._run, hosts.node, lambda: state.step)
             return
-        self._restore_journal()
+        self._journal.restore()
         self._recorder = recorder = Recorder(
             self._config.track,
             self._run.run_uid,
@@ -72,6 +80,7 @@ class RunRecords:
             "manifest.sha256": self._manifest.fingerprint,
             "student.parameters": parameters,
             "device": torch.cuda.get_device_name() if self._run.device.type == "cuda" else "cpu",
+            "cluster.shape": hosts.shape,
         })  # fmt: skip
         for context, name in (("training", self._config.data.train_split), ("validation", self._config.data.val_split)):
             split = self._manifest.split(name)
@@ -81,26 +90,9 @@ class RunRecords:
         recorder.describe(self._description(parameters, total))
         recorder.text("config.yaml", to_yaml(self._config))
         recorder.text("environment.txt", environment_text())
-        if self._config.track.system_every_s > 0:
-            self._sampler = SystemSampler(
-                recorder.metrics, lambda: state.step, "node0", self._config.track.system_every_s
-            )
+        if every > 0:
+            self._sampler = SystemSampler(recorder.metrics, lambda: state.step, "node0", every)
             self._sampler.start()
-
-    def _restore_journal(self) -> None:
-        """Brings the journal of earlier attempts back when rank 0 runs on another host."""
-        folder = self._run.folder
-        if folder.local_path() is not None:
-            return
-        with tempfile.TemporaryDirectory(prefix="journal-") as scratch:
-            pairs = []
-            for stream in folder.names("journal"):
-                for name in folder.names(f"journal/{stream}"):
-                    path = Path(scratch, stream, name)
-                    path.parent.mkdir(exist_ok=True)
-                    folder.download(f"journal/{stream}/{name}", path)
-                    pairs.append((stream, path))
-            restore_segments(self._run.directory, pairs)
 
     def _description(self, parameters: int, total: int) -> str:
         config = self._config
@@ -142,14 +134,7 @@ class RunRecords:
         They outlive this host's disk there. The call may wait for the network: it belongs on another thread.
         """
         segments = self._recorder.close_segment() if self._recorder else []
-        return lambda: self._upload(segments)
-
-    def _upload(self, segments: list[Path]) -> None:
-        if self._run.folder.local_path() is None:
-            for path in segments:
-                if path not in self._committed:
-                    self._run.folder.put(f"journal/{path.parent.name}/{path.name}", path.read_bytes())
-                    self._committed.add(path)
+        return lambda: self._journal.commit(segments)
 
     def health(self, step: int, health: dict[str, float]) -> None:
         """Records spread and rank of the features per level."""
@@ -165,6 +150,16 @@ class RunRecords:
         values = {name: repr(value) for name, value in row.items()}  # may be nan, which JSON has no word for
         path.write_text(json.dumps({"step": step, "values": values, "samples": samples}), encoding="utf-8")
         self._recorder.artifact(path, "guard")
+
+    def damaged(self, step: int, found: list[Damage], total: int) -> None:
+        """Lists samples that were found damaged, for repair."""
+        if self._recorder is None:
+            return
+        path = self._run.directory / "quarantine" / f"step-{step:08d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(asdict(damage)) + "\n" for damage in found), encoding="utf-8")
+        self._recorder.artifact(path, "quarantine")
+        self._recorder.metrics(step, {"data/quarantined": total})
 
     def trace(self, path: Path) -> None:
         """Keeps a profiler trace with the run."""
@@ -182,51 +177,80 @@ class RunRecords:
         if self._recorder is not None:
             self._recorder.tags({"run.state": name, "run.reason": reason})
 
-    def final(self, state: TrainState) -> None:
-        """Exports the averaged (or live) weights and keeps them with the run."""
+    def best(self, task: Task, step: int) -> None:
+        """Keeps the weights of the best evaluation so far; they are registered when the run ends."""
+        if self._recorder is not None:
+            self._export(task, step, "best")
+
+    def final(self, task: Task, step: int, best_step: int) -> None:
+        """Exports the final weights in one file and keeps them with the run.
+
+        Args:
+            task: with the weights to export.
+            step: where the run ended.
+            best_step: of the evaluation that `checkpoint.best_metric` calls the best; -1 = there is none.
+        """
         if self._recorder is None:
             return
-        state.average.swap()
-        try:
-            file, kept = self._kind.weights(state.task)
-            tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
-        finally:
-            state.average.swap()
-        path = self._run.directory / "final" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        model: dict[str, Any] = asdict(self._config.model)
-        save_file(tensors, path, metadata={"model": json.dumps(model), "step": str(state.step)})
-        if self._run.folder.local_path() is None:
-            self._run.folder.put(f"final/{file}", path)
+        path = self._export(task, step, "final")
         self._recorder.artifact(path, "weights")
         if self._config.track.registered_model:
-            self._register(path, model, state.step)
+            if best_step not in (-1, step):
+                self._register_best(path.name, best_step)
+            self._register(path, step, self._evaluation, ("candidate",))
 
-    def _register(self, weights: Path, model: dict[str, Any], step: int) -> None:
+    def _export(self, task: Task, step: int, place: str) -> Path:
+        file, kept = self._kind.weights(task)
+        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
+        path = self._run.directory / place / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"model": asdict(self._config.model), "step": step, "evaluation": self._evaluation}
+        save_file(tensors, path, metadata={name: json.dumps(value) for name, value in facts.items()})
+        if self._run.folder.local_path() is None:
+            self._run.folder.put(f"{place}/{file}", path)
+        return path
+
+    def _register_best(self, file: str, step: int) -> None:
+        path = self._run.directory / "best" / file
+        try:
+            if not path.exists():  # an earlier attempt ran on another host
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._run.folder.download(f"best/{file}", path)
+        except (FileNotFoundError, StorageError) as error:
+            self._run.note(f"warning: the weights of the best step {step} are not registered: {error}")
+            return
+        with safe_open(path, framework="pt") as held:
+            evaluation = json.loads(held.metadata()["evaluation"])
+        self._register(path, step, evaluation, ())
+
+    def _register(self, weights: Path, step: int, evaluation: dict[str, float], aliases: tuple[str, ...]) -> None:
         assert self._recorder is not None  # noqa: S101 -- only called with one
+        model: dict[str, Any] = asdict(self._config.model)
         mean, std = self._kind.norm()
         card = model_card(
             name=self._config.run.name,
             model=model,
             data=self._config.data.source,
-            metrics=self._evaluation,
+            metrics=evaluation,
             run_uid=self._run.run_uid,
         )
         self._recorder.model(
-            weights,
-            model,
-            step=step,
-            mean=mean,
-            std=std,
-            metrics=self._evaluation,
-            card=card,
+            weights, model, step=step, mean=mean, std=std, metrics=evaluation, card=card, aliases=aliases
         )
 
     def close(self) -> None:
-        """Ends the journal; what the server did not take stays on disk and is named."""
+        """Ends the journal and commits its rest; what the server did not take stays there and is named."""
+        if self._host is not None:
+            self._host.close()
         if self._sampler is not None:
             self._sampler.close()
-        if self._recorder is not None:
-            backlog = self._recorder.close()
-            if backlog.lost or (self._config.track.follow and not backlog.empty):
-                self._run.note(f"warning: {backlog}")
+        if self._recorder is None:
+            return
+        segments = self._recorder.close_segment()
+        backlog = self._recorder.close()
+        if backlog.lost or (self._config.track.follow and not backlog.empty):
+            self._run.note(f"warning: {backlog}")
+        try:
+            self._journal.commit(segments)
+        except StorageError as error:
+            self._run.note(f"warning: the end of the journal is not in run storage: {error}")

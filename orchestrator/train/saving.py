@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 
 from itpn_core.errors import UserError
 from orchestrator.checkpoint.config import CheckpointConfig
+from orchestrator.checkpoint.pieces import Piece
 from orchestrator.checkpoint.store import CheckpointStore, Snapshot
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.tree import JobConfig
@@ -20,7 +21,7 @@ Take = Callable[[], tuple[Snapshot, Callable[[], None]]]
 """Copies the state to the host; with it comes what must be on storage before that checkpoint counts."""
 
 
-def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
+def load_agreed(store: CheckpointStore, run: RunContext, wanted: Mapping[str, Piece]) -> Snapshot | None:
     """The newest whole checkpoint by rank 0's judgement, loaded on every rank; None for a fresh run.
 
     Each rank judging for itself could start from another step when a read fails in one place only. Before rank 0 looks,
@@ -32,7 +33,7 @@ def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
     """
     if run.rank == 0:
         store.writer.begin()
-    snapshot = store.load_newest() if run.rank == 0 else None
+    snapshot = store.load_newest(wanted) if run.rank == 0 else None
     for line in store.passed_over:
         run.note(f"warning: {line}")
     if snapshot is not None:
@@ -41,7 +42,15 @@ def load_agreed(store: CheckpointStore, run: RunContext) -> Snapshot | None:
         return snapshot
     chosen = [snapshot.step if snapshot else -1]
     dist.broadcast_object_list(chosen)
-    return snapshot if run.rank == 0 or chosen[0] < 0 else store.load(chosen[0])
+    return snapshot if run.rank == 0 or chosen[0] < 0 else store.load(chosen[0], wanted)
+
+
+def follow_leader(number: int) -> int:
+    """Rank 0's number, on every rank. Collective."""
+    # On the host where the group can: `broadcast_object_list` finds the device that fits the group.
+    chosen = [int(number)]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
 
 
 def fingerprints(config: JobConfig, manifest: Manifest, run: RunContext) -> dict[str, str]:
@@ -62,8 +71,13 @@ def changed_since(snapshot: Snapshot, now: dict[str, str]) -> list[str]:
     ]
 
 
+AGAIN, DONE, GONE = range(3)
+
+
 class Saver:
     """Rank 0's decisions about checkpoints; knows nothing of what is in them.
+
+    Where every rank writes a part, all ranks have one and call `save` and `settle` together; rank 0 decides.
 
     Args:
         config: triggers, retries and limits.
@@ -71,6 +85,7 @@ class Saver:
         window: steps between two questions whether a save is due; a step trigger may be up to so many steps late.
         note: tells a person.
         clock: seconds; monotonic.
+        agree: turns a rank's number into that of the rank that decides.
     """
 
     def __init__(
@@ -80,7 +95,9 @@ class Saver:
         window: int,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        agree: Callable[[int], int] = int,
     ) -> None:
+        self._agree = agree
         self._config = config
         self._store = store
         self._window = window
@@ -115,15 +132,19 @@ class Saver:
         began = time.perf_counter()
         if wait:
             self._store.wait()
-        if self._store.busy:
-            self._missed = True
+        if not self._agree(self._wanted(step)):
             return
-        if self._store.last_requested == step and self._store.failure is None:
-            return
+        self._store.wait()  # the buffers of the copy must be free; the deciding rank's are
         self._missed = False
         self._requested_at = self._clock()
         self._store.save(*take())
         self.blocked_seconds.append(time.perf_counter() - began)
+
+    def _wanted(self, step: int) -> bool:
+        if self._store.busy:
+            self._missed = True
+            return False
+        return self._store.last_requested != step or self._store.failure is not None
 
     def ended(self) -> UserError | None:
         """Why the run must end: another driver has it, or no save has succeeded for longer than allowed."""
@@ -165,14 +186,17 @@ class Saver:
             self.save(step, take, wait=True)
             done = self._store.wait(max(0.0, limit - (self._clock() - began)))
             self._watch()
-            if done and self._store.last_committed == step:
-                return
-            if self._store.writer.lost is not None:
-                raise self._store.writer.lost
+            committed = done and self._store.last_committed == step
+            lost = self._store.writer.lost
             left = limit - (self._clock() - began)
-            if left <= 0:
+            verdict = self._agree(DONE if committed else AGAIN if left > 0 and lost is None else GONE)
+            if verdict == DONE:
+                return
+            if lost is not None:
+                raise lost
+            if verdict == GONE:
                 raise StorageGoneError(self._gone(self._clock() - self._committed_at, f"checkpoint.{key}={limit:g}"))
-            time.sleep(min(self._config.retry_s, left))
+            time.sleep(max(0.0, min(self._config.retry_s, left)))
 
     def _watch(self) -> None:
         """Notices what the background has come to since the last look."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from itpn_core.errors import ConfigError
 from itpn_core.task import Task
+from orchestrator.checkpoint.pieces import Piece
 from orchestrator.checkpoint.store import CheckpointError, Snapshot
 from orchestrator.train.hostcopy import HostCopy
 from orchestrator.train.ledger import Ledger
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from orchestrator.train.parallel import Parallel
 from orchestrator.train.precision import LossScale
 
 SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds", "best_step", "best_value")
@@ -66,6 +69,8 @@ class TrainState:
 
     task: Task
     """Student and what else it keeps: moving-average teacher, target statistics."""
+    parallel: Parallel
+    """Where the task's parameters are; optimizer and average work on what this rank holds of them."""
     optimizer: torch.optim.AdamW
     average: WeightAverage
     step: int = 0
@@ -113,12 +118,48 @@ class TrainState:
 
         The next call overwrites the tensors of this one.
         """
-        tensors = {f"task/{k}": v for k, v in self.task.persistent_state().items()}
+        tensors = {
+            f"task/{k}": getattr(v, "to_local", lambda v=v: v)() for k, v in self.task.persistent_state().items()
+        }
         tensors |= {f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer).items()}
         tensors |= {f"average/{k}": v for k, v in self.average.tensors.items()}
         tensors["guard/grad_norm_mean"] = self.grad_norm_mean
         tensors["guard/loss_scale"] = self.loss_scale.tensor
-        return Snapshot(self.step, self._host.take(tensors), {**self._scalars(), **extra})
+        pieces = self._written(tensors)
+        return Snapshot(self.step, self._host.take(tensors), {**self._scalars(), **extra}, pieces=pieces)
+
+    def wanted(self) -> dict[str, Piece]:
+        """Tensors of a snapshot of which this rank holds a part only."""
+        return {
+            key: piece
+            for name, piece in self.parallel.pieces.items()
+            for key in (
+                f"task/{name}",
+                f"average/{name}",
+                *(f"optimizer/{name}/{m}" for m in ("exp_avg", "exp_avg_sq")),
+            )
+        }
+
+    def _written(self, tensors: dict[str, Tensor]) -> dict[str, Piece]:
+        """Leaves the tensors that this rank writes; returns which of them are parts."""
+        together, wanted = self.parallel.together, self.wanted()
+        if together is None:
+            return {}
+        for key in list(tensors):
+            mine = (together.writes and wanted[key].rows > 0) if key in wanted else together.rank == 0
+            if not mine:
+                del tensors[key]
+        return {key: wanted[key] for key in tensors if key in wanted}
+
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """The whole task with the averaged (or live) weights, for measuring and exporting. Collective."""
+        self.average.swap()
+        try:
+            with self.parallel.whole() as task:
+                yield task
+        finally:
+            self.average.swap()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Loads a snapshot in place.
@@ -131,7 +172,7 @@ class TrainState:
             head, _, name = key.partition("/")
             parts.setdefault(head, {})[name] = tensor
         try:
-            self.task.load_persistent_state(parts["task"])
+            self.parallel.load(parts["task"])
             load_optimizer_tensors(self.optimizer, parts["optimizer"])
             if self.average.tensors.keys() != parts["average"].keys():
                 raise ValueError("the averaged weights have other names")

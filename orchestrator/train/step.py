@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from itpn_core.random import stream_keys
 from itpn_core.task import Examples
@@ -54,7 +52,8 @@ class Step:
     """Applies one global batch to a training state.
 
     The loss is the sum over this rank's samples divided by the GLOBAL number of samples, so that gradients summed over
-    ranks are those of the whole batch, whatever the world size. DDP averages over ranks, hence the factor `world`.
+    ranks are those of the whole batch, whatever the world size. DDP and FSDP average over ranks, hence the
+    factor `world`.
 
     Args:
         state: what is trained; its `step` advances by one per call.
@@ -86,7 +85,6 @@ class Step:
         self._parts = micro_batches(config.global_batch, world, config.micro_batch)
         self._dtype = autocast_dtype(config.precision, device)
         self._parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        self._model: nn.Module = distribute(state.task, device, world)
 
     def __call__(self, batch: Batch, global_count: int) -> dict[str, Tensor]:
         """Runs forward, backward and update.
@@ -106,21 +104,18 @@ class Step:
         parts = [slice(first + p.start, first + p.stop) for p in even_parts(last - first, self._parts)]
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
-            with contextlib.nullcontext() if last else self._no_sync():
+            with contextlib.nullcontext() if last else self.state.parallel.accumulating():
                 for name, value in self._forward_backward(batch, part, global_count).items():
                     sums[name] = sums[name] + value if name in sums else value
         # Equal on all ranks; divided here because the window sums over ranks.
         return sums | {name: value / self._world for name, value in self._update().items()}
-
-    def _no_sync(self) -> contextlib.AbstractContextManager[Any]:
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else contextlib.nullcontext()
 
     def _forward_backward(self, batch: Batch, part: slice, global_count: int) -> dict[str, Tensor]:
         examples = self._examples(batch, part)
         weight_B, keys_B = examples.valid[examples.own], examples.keys[examples.own]
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype is not None):
             images_B3HW, targets = self.state.task.prepare(examples)
-            output = self._model(images_B3HW, targets, keys_B)
+            output = self.state.parallel.forward(images_B3HW, targets, keys_B)
         losses = {"loss": output.loss_B, **output.parts}
         # `where`, not a product: a hole's loss may be anything, also not a number.
         kept = {name: torch.where(weight_B, value_B, 0) for name, value_B in losses.items()}
@@ -142,10 +137,13 @@ class Step:
         return Examples(images_B3HW, labels_B, valid_B, keys_B, own)
 
     def _update(self) -> dict[str, Tensor]:
-        scale = self.state.loss_scale
+        scale, parallel = self.state.loss_scale, self.state.parallel
+        parallel.take_gradients()
         scale.unscale(self._parameters)
         limit = self._config.optimizer.clip_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = parallel.total_norm(torch.nn.utils.get_total_norm(gradients, foreach=True))
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm, foreach=True)
         overflowed = scale.update(norm)
         refused = self._refuse(norm)
         optimizer = self.state.optimizer
@@ -153,7 +151,7 @@ class Step:
         optimizer.found_inf = refused  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parallel.drop_gradients()
         self.state.step += 1
         self.state.average.update(self.state.step)
         self.state.task.ema_update(self.state.step / self._total)
@@ -171,16 +169,3 @@ class Step:
         kept = torch.where(mean > 0, 0.99 * mean + 0.01 * norm.to(mean.dtype), norm.to(mean.dtype))
         mean.copy_(torch.where(bad, mean, kept))
         return bad.to(torch.float32)
-
-
-def distribute(task: nn.Module, device: torch.device, world: int) -> nn.Module:
-    """Wraps for gradient averaging; one rank needs no wrapper."""
-    if world == 1:
-        return task
-    # Buffers are equal by construction (statistics are computed once and broadcast), so they need no broadcast a step.
-    return DistributedDataParallel(
-        task,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from product_scenes import NAMES, write_scenes
 
-from orchestrator.checkpoint.source import read_source
+from orchestrator.checkpoint.source import open_source
 from orchestrator.data import fashion
 from orchestrator.dense.backbone import open_backbone
 from orchestrator.dense.config import BackboneConfig, DenseTrainConfig, HeadConfig, MaskDataConfig, SegmentConfig
@@ -65,7 +65,7 @@ def run(asked, arm: str, rate: float, seed: int, splits, held_out: str):
     """Trains one arm; returns its metrics on the held-out scenes."""
     pyramid = "new" if arm == ARMS[1] else "auto"
     backbone = BackboneConfig(checkpoint="" if arm == ARMS[2] else asked.checkpoint, pyramid=pyramid)
-    source = read_source(asked.checkpoint)
+    source = open_source(asked.checkpoint, pyramid=True)
     backbone = replace(backbone, pyramid_dim=source.pyramid_dim)
     optimizer = OptimizerConfig(lr=rate, betas=(0.9, 0.999), clip_grad_norm=1.0)
     length = DenseTrainConfig(

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "bookworm"
 TLS_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(7200)]
 
 
 def pip_settings():
@@ -48,9 +48,10 @@ def enter(root, binds, environment, *command):
     words = [f"{name}={value}" for name, value in environment.items()]
     lines.append('exec chroot "$@"')
     inside = ["/usr/bin/env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", *words, *command]
+    own = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
     return subprocess.run(
-        ["unshare", "--mount", "--pid", "--fork", "bash", "-c", "\n".join(lines), "enter", str(root), *inside],
-        capture_output=True, text=True, check=False,
+        [*own, "bash", "-c", "\n".join(lines), "enter", str(root), *inside],
+        capture_output=True, text=True, check=False, timeout=7000,
     )  # fmt: skip
 
 

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from itpn_core.models import build_backbone
-from itpn_core.pretraining.tasks import FAMILY_OF
+from itpn_core.pretraining import teachers
+from itpn_core.pretraining.tasks import build_task
 from orchestrator.config.load import load
 from orchestrator.config.tree import FinetuneConfig, PretrainConfig, SweepJobConfig
 from orchestrator.launch.cli import run_job
@@ -112,13 +114,14 @@ def test_constraints_pin_what_was_tested():
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
-def test_recipes_build_on_the_meta_device(recipe):
+def test_recipes_build_on_the_meta_device(recipe, monkeypatch):
+    """The whole objective, with a teacher of the recipe's shape: widths, grids and sizes fit together."""
+    monkeypatch.setattr(teachers, "_create", lambda asked: timm.create_model(asked.model, pretrained=False))
     config = load(schema_of(recipe), recipe, [])
     with torch.device("meta"):
-        model = build_backbone(config.model)
-    assert next(model.parameters()).is_meta
-    if isinstance(config, PretrainConfig):
-        assert config.model.family == FAMILY_OF[config.objective.kind]
+        pretrains = isinstance(config, PretrainConfig)
+        model = build_task(config.model, config.objective) if pretrains else build_backbone(config.model)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)

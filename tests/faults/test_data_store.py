@@ -4,6 +4,8 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -252,6 +254,44 @@ def test_cache_is_least_recently_used_and_bounded(tmp_path):
     cache.put("huge", bytes(2000))
     assert cache.get("huge") is None
     assert sum(p.stat().st_size for p in (tmp_path / "entries").glob("*/*")) <= 1000
+
+
+FILL = """
+import resource, signal, sys
+from pathlib import Path
+from orchestrator.data.cache import DiskCache
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+cache = DiskCache(Path(sys.argv[1]), 10**6)
+for number in range(8):
+    cache.put(str(number), bytes(1000))
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))  # the kernel refuses to write more, as a full disk does
+held = []
+for number in range(4):
+    cache.put(f"late {number}", bytes(1000))
+    held.append(sum(cache.get(str(number)) is not None for number in range(8)))
+print(held, cache.get("late 0"))
+resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+cache.put("again", b"x" * 1000)
+print(len(cache.get("again")))
+"""
+
+
+def test_cache_gives_way_when_the_disk_takes_no_more(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FILL, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == ["[4, 2, 1, 0] None", "1000"], done.stderr
+    assert done.stderr.count("takes no more (File too large)") == 1  # said once
+    left = [path for path in (tmp_path / "entries").glob("*/*") if path.is_file()]
+    assert [path.stat().st_size for path in left] == [1000]
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_clear_line(root, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with (
+        FaultServer(root) as server,
+        pytest.raises(DataError, match=r"data\.cache\.folder=.*file/cache cannot be used"),
+    ):
+        load(server, cache=CacheConfig(folder=str(tmp_path / "file" / "cache")))
 
 
 def _hammer(folder: str, number: int) -> None:

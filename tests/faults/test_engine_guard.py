@@ -1,9 +1,9 @@
-"""Bad numbers never reach the weights."""
+"""Bad numbers never reach the weights, and collapsed features end a run."""
 
 import pytest
 import torch
 
-from itpn_core.errors import UserError
+from itpn_core.errors import CollapseError, UserError
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
 from orchestrator.train.step import Step
@@ -50,3 +50,16 @@ def test_a_budget_lets_the_run_go_on_and_is_part_of_the_state(data, tmp_path, po
     with Engine(config, LocalRun(config)) as engine:
         engine.restore()
         assert engine.state.skipped == [BAD_STEP]
+
+
+COLLAPSING = [
+    "objective.ema_momentum=0", "objective.ema_momentum_end=0", "objective.ema_predictor=false",
+    "objective.target_norm=none", "train.optimizer.lr=1e-2", "train.epochs=100", "train.max_steps=200",
+    "objective.guard_steps=25", "checkpoint.every_epochs=0", "train.log_every=25",
+]  # fmt: skip
+
+
+def test_a_student_that_copies_itself_collapses_and_is_stopped(data, tmp_path):
+    config = tiny_config(data, tmp_path, *COLLAPSING)
+    with pytest.raises(CollapseError, match=r"have collapsed: .* \(objective.ema_predictor=true\)"):
+        train(config, LocalRun(config))

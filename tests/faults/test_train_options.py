@@ -2,12 +2,18 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from itpn_core.errors import ConfigError
 from orchestrator.checkpoint.store import MARKER, CheckpointStore
+from orchestrator.data.index import ShardIndex
+from orchestrator.data.manifest import Manifest
+from orchestrator.track.events import Artifact, Model
+from orchestrator.track.journal import records
 from orchestrator.train.compiling import blocks
 from orchestrator.train.engine import Engine
 from orchestrator.train.ledger import KEY, Trace
@@ -144,10 +150,17 @@ def test_milestones_and_the_best_checkpoint_stay(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "_evaluate", evaluate)
     words = ("train.epochs=4", "eval.every_epochs=1", "checkpoint.keep=1", "checkpoint.keep_every_steps=12")
-    config = tiny_config(data, tmp_path, *words, "checkpoint.best_metric=eval/knn_top1")
+    words += ("checkpoint.best_metric=eval/knn_top1", "track.registered_model=photos")
+    config = tiny_config(data, tmp_path, *words)
     run = LocalRun(config)
     train(config, run)
     assert CheckpointStore(run.folder, keep=1).steps() == [4, 12, 16]
+    models = [record.event for record in records(run.directory) if isinstance(record.event, Model)]
+    told = [(model.step, model.aliases, model.metrics["eval/knn_top1"]) for model in models]
+    assert told == [(4, (), 0.5), (16, ("candidate",), 0.4)]
+    best, last = (load_file(run.directory / model.weights) for model in models)
+    assert best.keys() == last.keys()
+    assert not all(torch.equal(best[name], last[name]) for name in best)
 
 
 def test_an_unknown_best_metric_is_refused(data, tmp_path):
@@ -169,3 +182,30 @@ def test_the_marker_names_settings_data_and_code(data, tmp_path):
     second.facts["source.sha256"] = "b" * 64
     train(config, second)
     assert any("made with other source code (aaaaaaaaaaaa, now bbbbbbbbbbbb)" in note for note in second.notes)
+
+
+def test_damage_is_listed_for_repair_saved_and_not_met_again(tmp_path):
+    source = write_shards(tmp_path / "data")
+    split = Manifest.load(source).split("train")
+    shard = split.shards[1]
+    index = ShardIndex.from_bytes(Path(source, shard.index).read_bytes(), shard.index)
+    offset, hole = int(index.members["offset"][index.first[3]]), split.shards[0].samples + 3
+    tar = Path(source, shard.name)
+    tar.write_bytes(
+        tar.read_bytes()[:offset] + bytes([255 - tar.read_bytes()[offset]]) + tar.read_bytes()[offset + 1 :]
+    )
+    words = ("data.quarantine_budget=1", "checkpoint.every_epochs=2", "data.last_batch=short", "train.epochs=3")
+    config = tiny_config(source, tmp_path / "runs", *words)
+    run = LocalRun(config)
+    train(config, run)
+    with Engine(config, LocalRun(config, attempt=2)) as engine:
+        engine.restore()
+        assert engine.state.quarantined == [hole]
+    (listed,) = (run.directory / "quarantine").iterdir()  # found in the first epoch, known in the others
+    (line,) = listed.read_text().splitlines()
+    told = json.loads(line)
+    assert (told["id"], told["offset"], told["shard"]) == (hole, offset, str(tar))
+    assert "its bytes are not the ones that were written" in told["reason"]
+    events = [record.event for record in records(run.directory)]
+    assert [e.values["data/quarantined"] for e in events if "data/quarantined" in getattr(e, "values", ())] == [1.0]
+    assert f"quarantine/{listed.name}" in [e.path for e in events if isinstance(e, Artifact)]

@@ -27,6 +27,12 @@ def test_ten_thousand_million_samples_cost_what_one_reader_touches():
     assert figures["mebibytes_more"] < 64
 
 
+def test_a_manifest_is_read_whole():
+    figures = scale.manifest(1000)
+    assert figures["shards"] == 1000
+    assert 0.2 < figures["megabytes_of_json"] < 0.4
+
+
 def test_table():
     assert table([{"a": 1, "b": 2.0}]).splitlines()[-1] == "| 1 | 2 |"
     assert table([]) == "nothing was measured"

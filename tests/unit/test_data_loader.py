@@ -136,6 +136,9 @@ class Spy:
         self.asked.append(ids.tolist())
         return dict.fromkeys(ids.tolist())
 
+    def close(self):
+        """Nothing is held."""
+
 
 def prefetcher(manifest, spy, mean_bytes=1.0, **changes):
     cfg = config(manifest, **changes)

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from itpn_core.evaluation import over_seeds, paired_difference
 from itpn_core.models import Backbone, ModelConfig, export_checkpoint
 from itpn_core.reduction import TokenMigration
+from orchestrator.checkpoint.source import open_source
 from orchestrator.config.identity import result_fields
 from orchestrator.config.tree import EvaluateConfig
 from orchestrator.data.store import StoreConfig
-from orchestrator.evaluate.job import checkpoint_settings, evaluate
+from orchestrator.evaluate.choice import checkpoint_settings
+from orchestrator.evaluate.job import evaluate
 from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare
-from orchestrator.evaluate.source import open_source
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Subject
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
@@ -50,7 +51,7 @@ def test_the_unreduced_features_are_those_of_the_exported_weights(trained):
     assert source.place.endswith("final/backbone.safetensors")
     assert source.model == config.model
     exported = load_file(folder / "final" / "backbone.safetensors")
-    built = source.build().state_dict()
+    built = source.headless().state_dict()
     assert all(torch.equal(built[name], exported[name]) for name in built)
 
 
@@ -60,7 +61,7 @@ def test_a_checkpoint_gives_the_averaged_weights_that_are_exported(trained, tmp_
     (tmp_path / "checkpoints").symlink_to(folder / "checkpoints")
     source = open_source(str(tmp_path), StoreConfig())
     assert "checkpoints/step-00000002" in source.place
-    exported, built = load_file(folder / "final" / "backbone.safetensors"), source.build().state_dict()
+    exported, built = load_file(folder / "final" / "backbone.safetensors"), source.headless().state_dict()
     assert all(torch.equal(built[name], exported[name]) for name in built)
 
 
@@ -109,7 +110,7 @@ def test_published_files_go_through_the_importer(tmp_path):
     assert source.kind == "published"
     images = torch.rand(2, 3, 16, 16)
     wanted = model.eval().forward_head(model.forward_features(images), pre_logits=True)
-    assert torch.equal(source.build()(images), wanted)
+    assert torch.equal(source.headless()(images), wanted)
 
 
 def test_mistakes_are_one_sentence(trained, tmp_path, capsys):

@@ -247,8 +247,17 @@ def test_layers_beyond_the_model_are_refused_with_the_range():
         make_plan(TokenMigration((4,), (0.5,)), TokenGathering(), 4, (8, 8))
 
 
+@pytest.mark.parametrize("rule", ["redundancy", "merge"])
+def test_a_drop_without_partners_left_is_refused(rule):
+    """On a grid of 8x8 the first half is one whole colour."""
+    migration = TokenMigration((1, 2), (0.5, 0.5), rule=rule)
+    with pytest.raises(ConfigError, match=r"keep\[1\] = 0.5: needs tokens of the other checkerboard colour"):
+        make_plan(migration, TokenGathering(), 4, (8, 8))
+    assert make_plan(TokenMigration((1, 2), (0.5, 1.0)), TokenGathering(), 4, (8, 8)).drops[-1].kept == 32
+
+
 def test_a_schedule_that_must_drop_masked_tokens_is_refused():
-    plan = make_plan(TokenMigration((1, 2), (0.5, 0.5)), TokenGathering(), 4, (8, 8))
+    plan = make_plan(TokenMigration((1, 2, 3), (0.625, 0.5, 0.5)), TokenGathering(), 4, (8, 8))
     check_masked(plan, 16)
     with pytest.raises(ConfigError, match="masked tokens never go"):
         check_masked(plan, 32)

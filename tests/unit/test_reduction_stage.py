@@ -28,6 +28,7 @@ MIGRATIONS = {
     "random": TokenMigration((2,), (0.5,), rule="random", seed=3),
     "norm": TokenMigration((2,), (0.5,), rule="norm"),
     "merge": TokenMigration((1, 3), (0.6, 0.6), rule="merge"),
+    "parked": TokenMigration((1, 3), (0.75, 0.6), restore="parked"),
     "lost": TokenMigration((2,), (0.5,), replenish=False),
 }
 GATHERINGS = {
@@ -125,7 +126,7 @@ def test_untouched_tokens_come_back_exactly_once(name, grid):
 
 
 @pytest.mark.parametrize("gathering", GATHERINGS)
-@pytest.mark.parametrize("migration", ["half", "merge", "random"])
+@pytest.mark.parametrize("migration", MIGRATIONS)
 def test_permuting_the_batch_permutes_the_output(migration, gathering):
     model, images = _model(), _images(batch=4)
     model.set_token_reduction(MIGRATIONS[migration], GATHERINGS[gathering])
@@ -144,7 +145,7 @@ def test_migration_equals_the_plain_definition_with_gradients(family, migration)
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("gathering", GATHERINGS)
-@pytest.mark.parametrize("migration", [None, "half", "merge"])
+@pytest.mark.parametrize("migration", [None, "half", "merge", "parked"])
 def test_gathering_equals_the_plain_definition_with_gradients(family, migration, gathering):
     _compare(family, (8, 8), MIGRATIONS.get(migration), GATHERINGS[gathering])
 
@@ -162,7 +163,7 @@ def test_gathering_equals_the_plain_definition_with_gradients(family, migration,
 def test_any_grid_and_window_equals_the_plain_definition(grid, ratio, window, tokens, per_window, simultaneous, family):
     """Non-square grids and grids that windows do not divide."""
     gathering = TokenGathering(min(window, max(grid)), tokens, per_window=per_window, simultaneous=simultaneous)
-    for migration in (TokenMigration((1,), (ratio,)), None):
+    for migration in (TokenMigration((1,), (ratio,)), TokenMigration((1,), (ratio,), restore="parked"), None):
         try:
             _compare(family, grid, migration, gathering, batch=2, depth=2)
         except ConfigError:
@@ -190,19 +191,20 @@ def _compare(family, grid, migration, gathering, batch=3, depth=4):
         torch.testing.assert_close(value, plain_grads[name], atol=5e-3, rtol=5e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_gradients_reach_kept_and_parked_tokens():
+@pytest.mark.parametrize("restore", ["parked", "carried"])
+def test_gradients_reach_kept_and_parked_tokens(restore):
     model, images = _model(), _images(batch=1)
-    model.set_token_reduction(MIGRATIONS["half"])
+    model.set_token_reduction(TokenMigration((2,), (0.5,), restore=restore))
     x_BNE, grid = _tokens(model, images)
     x_BNE = x_BNE.detach().requires_grad_()
     out = model.attend(x_BNE, grid)
     for chosen in (out.survivors, ~out.survivors):
         (grad,) = torch.autograd.grad(out.tokens[chosen].square().sum(), x_BNE, retain_graph=True)
         assert bool((grad[chosen].abs().sum(-1) > 0).all())
-    # what a parked token becomes does not depend on the layers after its drop
+    # what a parked token becomes depends on the layers after its drop only through its partner's gain
     last = list(model.stage3[3].parameters())
-    grads = torch.autograd.grad(out.tokens[~out.survivors].sum(), last, allow_unused=True)
-    assert not any(g is not None and g.any() for g in grads)
+    grads = torch.autograd.grad(out.tokens[~out.survivors].square().sum(), last, allow_unused=True)
+    assert any(g is not None and bool(g.any()) for g in grads) == (restore == "carried")
 
 
 # --- block masks ---
@@ -230,7 +232,7 @@ def test_flex_attention_gives_the_same_layer(simultaneous, per_window):
 # --- pre-training ---
 
 
-@pytest.mark.parametrize("name", ["half", "keys", "neighbours", "random", "norm"])
+@pytest.mark.parametrize("name", ["half", "keys", "neighbours", "random", "norm", "parked"])
 @pytest.mark.parametrize("gathering", [None, TokenGathering(4, 2)])
 def test_masked_tokens_are_never_dropped_and_match_the_plain_definition(name, gathering):
     model = FastStudent(ModelConfig(embed_dim=32, depths=(1, 1, 4), num_heads=2, patch_size=4, img_size=32), 7).eval()

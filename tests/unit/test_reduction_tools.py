@@ -9,9 +9,30 @@ import torch
 
 from itpn_core import TokenGathering, TokenMigration
 from itpn_core.benchmark import __main__ as command
-from itpn_core.benchmark.accuracy import MIGRATION, accuracy_table, compare_rules, rules
+from itpn_core.benchmark.accuracy import (
+    MIGRATION,
+    accuracy_table,
+    answers,
+    at_speed,
+    compare_rules,
+    features_of,
+    joined,
+    rules,
+    schedule,
+    variants,
+    variants_table,
+)
 from itpn_core.benchmark.timing import Spread, interleaved_seconds, peak_bytes, ratios
-from itpn_core.benchmark.token_reduction import PLAIN, measure_speed, quality, quality_table, settings_for, speed_table
+from itpn_core.benchmark.token_reduction import (
+    PLAIN,
+    measure_speed,
+    measured_ratios,
+    pooled_features,
+    quality,
+    quality_table,
+    settings_for,
+    speed_table,
+)
 from itpn_core.benchmark.window_attention import implementations
 from itpn_core.errors import ConfigError
 from itpn_core.models import ModelConfig, build_backbone
@@ -42,7 +63,7 @@ def test_the_moving_average_teacher_is_never_reduced():
 
 
 def test_an_objective_refuses_a_schedule_that_must_drop_masked_tokens():
-    migration = TokenMigration((1, 2), (0.5, 0.5))
+    migration = TokenMigration((1, 2, 3), (0.625, 0.5, 0.5))
     with pytest.raises(ConfigError, match="masked tokens never go"):
         build_task(ModelConfig(**SMALL, migration=migration), ObjectiveConfig(kind="ema", pyramid_dim=16))
 
@@ -98,16 +119,51 @@ def test_quality_and_rules_are_measured_on_the_same_images():
     model = _model()
     bank = (torch.randn(40, 3, 32, 32), torch.arange(40) % 4)
     queries = (torch.randn(12, 3, 32, 32), torch.arange(12) % 4)
-    rows = quality(model, rules(2, 0.5), bank, queries, batch=16, k=3, rounds=2)
+    settings = {PLAIN: (TokenMigration(), TokenGathering())} | rules(2, 0.5)
+    rows = quality(model, settings, bank, queries, batch=16, k=3, rounds=2)
     assert rows[0].name == PLAIN
     assert rows[0].cosine == pytest.approx(1.0)
     assert rows[0].difference.value == 0.0
     assert "paired 95%" in quality_table(rows)
-    compared = compare_rules(model, bank, queries, layer=2, keeps=(0.5,), seeds=(0, 1), rounds=2)
-    assert {row.rule for row in compared} == set(rules(2, 0.5))
-    assert all(len(row.knn) == len(row.probe) == 2 for row in compared)
-    assert next(row for row in compared if row.rule == MIGRATION).ahead.value == 0.0
+    keeps = (0.5, 0.75)
+    seeds = [answers(model, seed, schedule(2, keeps, seed), bank, queries, layer=2, batch=16) for seed in (0, 1)]
+    settings = {PLAIN: (TokenMigration(), TokenGathering())} | schedule(2, keeps, 0)
+    compared = compare_rules(joined(seeds), measured_ratios(model, settings, queries[0], rounds=2), keeps)
+    assert [row.rule for row in compared] == [PLAIN, *rules(2, 0.5), *rules(2, 0.75)]
+    assert all(row.found.knn.shape == row.found.probe.shape == (2, 12) for row in compared)
+    assert all(row.ahead[0].value == 0.0 for row in compared if row.rule == MIGRATION)
     assert "migration ahead" in accuracy_table(compared)
+
+
+def test_definitions_of_migration_are_compared_with_the_unreduced_model():
+    data = (torch.randn(40, 3, 32, 32), torch.arange(40) % 4)
+    wanted = variants(2, 0.5)
+    found = answers(_model(), 0, wanted, data, data, layer=2, batch=16)
+    assert list(found) == [PLAIN, *wanted]
+    assert found[PLAIN].cosine == pytest.approx(1.0)
+    assert "| carried, keys, neighbours |" in variants_table(found)
+
+
+def test_layers_before_the_drop_run_once_and_change_nothing():
+    model, images = _model(), torch.randn(5, 3, 32, 32)
+    settings = {PLAIN: (TokenMigration(), TokenGathering())} | rules(2, 0.5) | variants(2, 0.5)
+    shared = features_of(model, settings, images, 2, 4, torch.float32)
+    for name, setting in settings.items():
+        if setting[0].rule == "random":
+            # its order is drawn from the tokens that enter, here those of a later layer
+            continue
+        expected, _ = pooled_features(model, setting, images, images, 4)
+        torch.testing.assert_close(shared[name], expected, msg=lambda m, n=name: f"{n}: {m}")
+    assert not model.is_reduced
+
+
+def test_a_rule_is_interpolated_to_the_speed_of_another():
+    low, high = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 1.0]])
+    curve = [(1.5, low), (1.0, high)]
+    assert at_speed(curve, 1.25).tolist() == [[0.5, 1.0]]
+    assert at_speed(curve, 1.0).tolist() == high.tolist()
+    # no faster point was measured: its fastest one
+    assert at_speed(curve, 9.0).tolist() == low.tolist()
 
 
 def test_the_picture_says_where_every_token_went():

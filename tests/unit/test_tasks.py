@@ -192,6 +192,17 @@ def test_ema_loss_compares_masked_cells_of_three_levels():
     assert torch.allclose(output.loss_B, 0.5 * p16 + 0.25 * p8 + 0.25 * p4)
 
 
+def test_ema_loss_over_all_cells_counts_visible_patches_too():
+    task = make("ema", loss_tokens="all").eval()
+    images, keys = batch(2)
+    _, _, levels = task.student.encode(task.normalise(images), task.mask(keys))
+    by_hand = [
+        F.smooth_l1_loss(predict(level[1]), target[1])
+        for predict, level, target in zip(task.predictors, levels, task.targets(images), strict=True)
+    ]
+    assert torch.allclose(losses(task, images, keys).loss_B[1], sum(by_hand) / 3, atol=1e-6)
+
+
 def test_ema_instance_targets_are_standardised_per_image_and_channel():
     task = make("ema", target_norm="instance").eval()
     images, _ = batch()
@@ -305,7 +316,7 @@ def test_figure_and_health_have_what_a_picture_needs(kind):
         ("fast", {"mask_ratio": 1.5}, "objective.mask_ratio = 1.5: must lie between 0 and 1"),
         ("fast", {"mask_ratio": 0.01}, "at least one and not all of the 16 patches"),
         ("fast", {"loss_tokens": "visible"}, "must be one of masked, all"),
-        ("ema", {"loss_tokens": "all"}, "must be masked when objective.kind is ema"),
+        ("pixel", {"loss_tokens": "all"}, "must be masked when objective.kind is pixel"),
         ("ema", {"target_norm": "channel"}, "must be layer, instance or none for ema"),
         ("fast", {"target_norm": "instance"}, "must be none, layer or channel when objective.kind is fast"),
         ("pixel", {"target_norm": "layer"}, "must be auto when objective.kind is pixel"),

@@ -34,6 +34,25 @@ def test_the_report_is_one_file_that_tells_the_story(tmp_path):
     assert Redactor().text(page) == page  # shipping does not damage the pictures
 
 
+def test_charts_come_in_the_order_of_interest_and_never_mix_units(tmp_path):
+    recorder = Recorder(CONFIG, "uid", tmp_path, follow=False)
+    for step in range(3):
+        recorder.metrics(step, {
+            "checkpoint/bytes": 10.0 + step, "checkpoint/failed": 0.0, "train/lr": 0.1 * step, "train/loss": 1.0 - step,
+            "goodput/share/compute": 0.5 + step / 10, "goodput/share/data": 0.1 * step, "eval/knn_top1": 0.1 * step,
+            "system/node0/cpu_percentage": 50.0 + step, "system/node0/memory_percentage": 20.0 + step,
+            "system/node0/process_memory_mb": 2000.0 + step,
+        })  # fmt: skip
+    page = recorder.report().read_text()
+    recorder.close(0)
+    assert re.findall(r"<figcaption><b>(.+?)</b>", page) == [
+        "train/loss", "eval/knn_top1", "train/lr", "goodput/share", "system/node0 (%)", "system/node0 (MB)",
+        "checkpoint/bytes",
+    ]  # fmt: skip
+    assert "The same at every step: checkpoint/failed 0" in page
+    assert "■</span> cpu_percentage 52" in page
+
+
 def test_words_hold_the_facts():
     said = run_description(purpose="Try it.", recipe="first_run", model="fast", objective="features of X",
                            data="60,000 images", length="3 epochs", run_directory="runs/a")  # fmt: skip

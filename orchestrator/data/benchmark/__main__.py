@@ -50,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--readers", type=int, default=4096)
     one.add_argument("--batch", type=int, default=64, help="samples per reader and step")
     one.add_argument("--batches", type=int, default=2000, help="steps to walk")
+    one = kinds.add_parser("manifest", help="reading the manifest of very many shards")
+    one.add_argument("--shards", type=int, default=10**6)
     return text
 
 
@@ -66,6 +68,8 @@ def main() -> int:
             rows = decode.measure([sample["jpg"] for sample in wds.WebDataset(tars, shardshuffle=False)], asked.rounds)
         elif asked.kind == "shuffle":
             rows = shuffle.measure(asked.shards, asked.per_shard)
+        elif asked.kind == "manifest":
+            rows = [scale.manifest(asked.shards)]
         else:
             rows = [scale.measure(asked.shards, asked.per_shard, asked.readers, asked.batch, asked.batches)]
     except UserError as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 
 import numpy as np
+import psutil
 
+from orchestrator.data.manifest import Manifest, Shard
 from orchestrator.data.order import SampleOrder, part
 
 
@@ -48,4 +51,25 @@ def measure(shards: int, per_shard: int, readers: int, per_reader_batch: int, ba
         "seconds_for_the_readers_epoch": round(walked / samples * total * per_reader_batch, 1),
         "milliseconds_to_seek": round(1e3 * seek, 3),
         "mebibytes_more": round((after - before) / 1024, 1),
+    }
+
+
+def manifest(shards: int) -> dict[str, object]:
+    """What reading the manifest of so many shards costs a process; each process that trains reads it once, whole."""
+    digest = hashlib.sha256(b"shard").hexdigest()
+    made = [
+        Shard(f"train-{n:07d}.tar", 10**4, 1_100_000_000, digest, f'"{n:032x}-128"', f"train-{n:07d}.idx", n)
+        for n in range(shards)
+    ]
+    text = Manifest(("class",), {"train": tuple(made)}).to_bytes()
+    made.clear()
+    process = psutil.Process()
+    before, began = process.memory_info().rss, time.perf_counter()
+    split = Manifest.parse(text, "s3://bucket/prefix").split("train")
+    seconds = time.perf_counter() - began
+    return {
+        "shards": len(split.shards),
+        "megabytes_of_json": round(len(text) / 1e6, 1),
+        "seconds_to_parse": round(seconds, 2),
+        "mebibytes_held": round((process.memory_info().rss - before) / (1 << 20)),
     }

@@ -13,7 +13,7 @@ from itpn_core.errors import UserError, WeightsError
 from itpn_core.models import Backbone, ModelConfig, export_checkpoint
 from itpn_core.models.fast_student import FastStudent
 from itpn_core.reduction.config import TokenGathering, TokenMigration
-from orchestrator.checkpoint.source import read_source
+from orchestrator.checkpoint.source import open_source
 from orchestrator.checkpoint.store import CheckpointStore, Snapshot
 from orchestrator.data.folder import Folder
 from orchestrator.export.compare import difference
@@ -52,7 +52,7 @@ def write_run(folder, *, averaged=True):
 
 def test_a_run_gives_its_averaged_weights_with_the_pyramid(tmp_path):
     student = write_run(tmp_path / "run")
-    source = read_source(str(tmp_path / "run"))
+    source = open_source(str(tmp_path / "run"), pyramid=True)
     assert source.pyramid_dim == 24
     assert source.mean == (0.5, 0.4, 0.3)
     assert source.facts["step"] == "7"
@@ -65,7 +65,7 @@ def test_a_run_gives_its_averaged_weights_with_the_pyramid(tmp_path):
 
 def test_a_run_without_averages_gives_live_weights_and_can_leave_the_pyramid_new(tmp_path):
     student = write_run(tmp_path / "run", averaged=False)
-    source = read_source(str(tmp_path / "run"))
+    source = open_source(str(tmp_path / "run"), pyramid=True)
     assert source.facts["weights"] == "live"
     model, report = source.build(with_pyramid=False)
     assert torch.equal(model.pos_embed, student.pos_embed)
@@ -75,18 +75,18 @@ def test_a_run_without_averages_gives_live_weights_and_can_leave_the_pyramid_new
 
 @pytest.mark.parametrize(("place", "words"), [
     ("", "no source given"),
-    ("/nowhere/at/all", "no such file or folder"),
+    ("/nowhere/at/all", "no such file or directory"),
     ("/nowhere/weights.pt", "no such file"),
 ])  # fmt: skip
 def test_a_source_that_is_not_there_is_told(place, words):
     with pytest.raises(WeightsError, match=words):
-        read_source(place)
+        open_source(place, pyramid=True)
 
 
 def test_a_folder_that_is_no_run_is_told_with_its_content(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(WeightsError, match=r"neither run.json .* holds notes.txt"):
-        read_source(str(tmp_path))
+    with pytest.raises(WeightsError, match=r"no weights there; .* beside run.json.* holds notes.txt"):
+        open_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(("family", "reduction"), [
@@ -128,7 +128,7 @@ def test_maps_of_a_run_take_raw_images_and_any_batch(tmp_path):
     card = (tmp_path / "out" / "timm" / "README.md").read_text()
     assert "mean [0.5, 0.4, 0.3]" in card
     assert "| feature pyramid | 24 wide |" in card
-    again = read_source(str(tmp_path / "out" / "timm"))
+    again = open_source(str(tmp_path / "out" / "timm"))
     assert again.mean == (0.5, 0.4, 0.3)
     assert again.model.heads == 2
 

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from itpn_core.errors import UserError, WeightsError
 from itpn_core.models import Backbone, ModelConfig
+from orchestrator.checkpoint.source import open_source
 from orchestrator.data.store import StoreConfig
-from orchestrator.evaluate.source import open_source
 from orchestrator.launch.check import check
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
@@ -113,7 +113,7 @@ def test_outcome_and_files_of_a_run(whole):
     assert run.reports[-1]["eval/top1"] == outcome.scores["top-1"][0]
     source = open_source(str(run.directory), StoreConfig())
     assert source.model == config.model
-    features = source.build()(torch.rand(2, 3, 16, 16))
+    features = source.headless()(torch.rand(2, 3, 16, 16))
     assert features.shape == (2, 32)
 
 

@@ -13,7 +13,7 @@ from orchestrator.config.identity import result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
-from orchestrator.evaluate.job import checkpoint_settings, find_checkpoint
+from orchestrator.evaluate.choice import checkpoint_settings, find_checkpoint
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.home import resolve
 from orchestrator.launch.record import open_record
@@ -115,7 +115,8 @@ def test_the_space_refuses_what_measuring_cannot_change_and_what_pretraining_cou
     with pytest.raises(ConfigError, match=r"train\.epochs"):
         open_space(sweep_config(home, space={"train.epochs": [1, 2]}))
     # some 25 of 64 tokens are masked: a quarter of all tokens could not hold them
-    deep = {"model": {"migration": {"layers[0]": [0], "keep[0]": [0.5], "layers[1]": [1], "keep[1]": [0.5, 0.9]}}}
+    drops = {"layers[0]": [0], "keep[0]": [0.5], "layers[1]": [1], "keep[1]": [0.5, 0.9]}
+    deep = {"model": {"migration": drops | {"partners": ["neighbours"]}}}
     assert open_space(sweep_config(home, space=deep)).size() == 1
     assert open_space(sweep_config(home, "sweep.for_pretraining=false", space=deep)).size() == 2
 

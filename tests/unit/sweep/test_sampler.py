@@ -7,18 +7,9 @@ import yaml
 
 from itpn_core.errors import ConfigError
 from orchestrator.sweep.front import Objective
-from orchestrator.sweep.sampler import (
-    FAILED,
-    FINISHED,
-    INFEASIBLE,
-    PRUNED,
-    RUNNING,
-    Limit,
-    Trial,
-    make_sampler,
-    parse_limits,
-)
-from orchestrator.sweep.space import parse_space
+from orchestrator.sweep.limits import Limit, parse_limits
+from orchestrator.sweep.read_space import parse_space
+from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, PRUNED, RUNNING, Trial, make_sampler
 
 MODELS = ("tpe", "nsga2", "gp")
 OBJECTIVES = (Objective("accuracy"), Objective("memory", "down"))

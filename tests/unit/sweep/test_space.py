@@ -11,7 +11,7 @@ from orchestrator.config.schema import leaves
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.sweep.legal import config_check, with_fields
 from orchestrator.sweep.parameter import parse_parameter
-from orchestrator.sweep.space import parse_space
+from orchestrator.sweep.read_space import parse_space
 
 FIELDS = [leaf.key for leaf in leaves(PretrainConfig)]
 REDUCTION = """

@@ -1,0 +1,171 @@
+"""Ranks that hold a part of every parameter compute what ranks that hold all of them do."""
+
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from orchestrator.checkpoint.source import student_state
+from orchestrator.checkpoint.store import MARKER, CheckpointStore
+from orchestrator.data.folder import Folder
+from orchestrator.train.engine import Engine
+from orchestrator.train.loop import train
+from orchestrator.train.step import Step
+from tests.distributed.test_world_sizes import STEPS, WORDS, assert_same_gradients, run_steps, run_world
+from tests.support import LocalRun, losses, tiny_config, write_shards
+
+AVERAGE = "train.optimizer.average_decay=0.9"
+SHARD = ("train.parallel=shard", AVERAGE)
+HYBRID = ("train.parallel=hybrid", "train.shard_ranks=2", AVERAGE)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("data"), per_class=27)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The run on one rank, and its state at the end."""
+    config = tiny_config(data, tmp_path_factory.mktemp("one"), *WORDS, AVERAGE, "checkpoint.every_steps=100")
+    seen = run_steps(config, 0, 1)
+    return seen, CheckpointStore(LocalRun(config).folder, keep=1).load_newest()
+
+
+def assert_same_run(found, alone):
+    ids, curve, gradients = found
+    assert ids == alone.ids
+    assert curve == pytest.approx(alone.losses, rel=1e-8)
+    assert_same_gradients(gradients, alone.gradients)
+
+
+def assert_same_state(place, expected):
+    """Weights, moving-average teacher, averages and moments of the last checkpoint, read whole."""
+    found = CheckpointStore(Folder(f"{place}/tiny"), keep=1).load_newest()
+    assert found.step == expected.step
+    assert found.tensors.keys() == expected.tensors.keys()
+    for name, value in expected.tensors.items():
+        assert torch.allclose(found.tensors[name].double(), value.double(), rtol=1e-6, atol=1e-9), name
+    averaged, student = student_state(found.tensors, str(place))  # what jobs/export.py takes
+    assert averaged
+    assert student["patch_embed.proj.weight"].shape == expected.tensors["task/student.patch_embed.proj.weight"].shape
+
+
+def test_two_ranks_with_half_of_the_model_each(data, alone, tmp_path):
+    words = (*SHARD, "checkpoint.every_steps=100", "train.micro_batch=5")
+    found = run_world(2, 29641, data, tmp_path / "w", *words)
+    assert_same_run(found, alone[0])
+    assert_same_state(tmp_path / "w", alone[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("world", "port", "words"),
+    [(4, 29642, SHARD), (4, 29643, HYBRID), (3, 29644, SHARD), (2, 29645, (*SHARD, "train.grad_checkpointing=true"))],
+    ids=["shard-4", "hybrid-2x2", "shard-3", "recomputing"],
+)
+def test_other_groups_agree(data, alone, tmp_path, world, port, words):
+    assert_same_run(run_world(world, port, data, tmp_path / "w", *words), alone[0])
+
+
+@pytest.mark.long
+def test_resized_from_parts_to_other_parts(data, alone, tmp_path):
+    """4 -> 2 -> 3 ranks; in between one that holds everything, and two copies of two parts."""
+    place, save = tmp_path / "resized", "checkpoint.every_steps=100"
+    ids, curve = [], []
+    groups = [
+        (4, 0, 5, SHARD), (2, 5, 9, SHARD), (3, 9, 13, SHARD), (2, 13, 15, (AVERAGE,)), (4, 15, STEPS, HYBRID)
+    ]  # fmt: skip
+    for port, (world, first, last, words) in enumerate(groups, start=29651):
+        part = run_world(world, port, data, place, *words, save, first=first, last=last)
+        ids += part[0]
+        curve += part[1]
+    assert ids == alone[0].ids
+    assert curve == pytest.approx(alone[0].losses, rel=1e-8)
+    assert_same_state(place, alone[1])
+
+
+def before_the_step(step):
+    return 1, Engine, "step", lambda engine, _: engine.state.step == step
+
+
+def between_gradient_and_update(step):
+    return 0, Step, "_update", lambda step_fn: step_fn.state.step == step
+
+
+def saved_step(key):
+    """Of which step a checkpoint's object is; -1 for any other object."""
+    return int(key.split("/")[1].removeprefix("step-")) if key.startswith("checkpoints/step-") else -1
+
+
+def before_a_part(step):
+    return 1, Folder, "put", lambda _, key, *__: saved_step(key) > step
+
+
+def before_the_marker(step):
+    return 0, Folder, "put", lambda _, key, *__: saved_step(key) > step and key.endswith(MARKER)
+
+
+PLACES = (before_the_step, between_gradient_and_update, before_a_part, before_the_marker)
+KILLED_STEPS = 8
+
+
+def killed_config(data, storage):
+    steps = (f"train.max_steps={KILLED_STEPS}", "train.epochs=3", "train.log_every=1", "checkpoint.every_steps=1")
+    return tiny_config(data, Path(storage), *steps, *SHARD)
+
+
+def attempt(rank, port, data, storage, number, kill_at):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    if kill_at is not None:
+        victim, owner, name, reached = PLACES[kill_at % len(PLACES)](kill_at)
+        if victim == rank:
+            arm(owner, name, reached)
+    config = killed_config(data, storage)
+    train(config, LocalRun(config, rank, 2, number))
+    os._exit(0)  # the other rank may be gone: nothing to take leave of
+
+
+def arm(owner, name, reached):
+    """Puts a SIGKILL of this very process in front of a method."""
+    real = getattr(owner, name)
+
+    def wrapped(self, *args, **options):
+        if reached(self, *args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args, **options)
+
+    setattr(owner, name, wrapped)
+
+
+@pytest.mark.long
+def test_a_rank_killed_at_every_step(data, tmp_path):
+    """In turn before a step, before an update, before its part is on storage and before the commit."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    kills = [("killed", number, kill_at) for number, kill_at in enumerate([*range(KILLED_STEPS), None], start=1)]
+    for name, number, kill_at in [*kills, ("whole", 1, None)]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = (port, data, str(tmp_path / name), number, kill_at)
+        group = [context.Process(target=attempt, args=(rank, *arguments)) for rank in (0, 1)]
+        for process in group:
+            process.start()
+        victim = None if kill_at is None else PLACES[kill_at % len(PLACES)](kill_at)[0]
+        for rank in (0, 1) if victim is None else (victim,):
+            group[rank].join(120)
+            assert group[rank].exitcode == (0 if victim is None else -signal.SIGKILL), f"{name}, attempt {number}"
+        for process in group:
+            process.kill()
+            process.join()
+    expected = losses(LocalRun(killed_config(data, tmp_path / "whole")))
+    assert sorted(expected) == list(range(1, KILLED_STEPS + 1))
+    assert losses(LocalRun(killed_config(data, tmp_path / "killed"))) == expected
