@@ -1,5 +1,7 @@
 """One documented sequence: S3, PostgreSQL, MLflow with login and Ray, started and stopped by infra/local."""
 
+import contextlib
+import json
 import os
 import shutil
 import socket
@@ -177,6 +179,85 @@ def test_shards_training_checkpoints_and_records_on_the_stack(stack, tmp_path):
         assert cursor.fetchall() == [("FINISHED",)]
     with pytest.raises(psycopg2.OperationalError, match="password"):
         psycopg2.connect(**where, password="wrong")
+
+
+def files_in(folders):
+    """(place, bytes) of all files; Ray lives and may remove one under our hands."""
+    for path in (path for folder in folders for path in folder.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(FileNotFoundError):
+                yield str(path), path.read_bytes()
+
+
+def everything_in(bucket):
+    """(place, bytes) of all objects: run folder, checkpoints, journal, artifacts."""
+    for page in bucket.get_paginator("list_objects_v2").paginate(Bucket="itpn"):
+        for item in page.get("Contents", []):
+            yield f"s3://itpn/{item['Key']}", bucket.get_object(Bucket="itpn", Key=item["Key"])["Body"].read()
+
+
+def rows_of(stack, name):
+    """(place, bytes) of every table of a database."""
+    password = (stack.folder / "secrets" / "postgres-password").read_text()
+    where = {"host": "127.0.0.1", "port": stack.ports["postgres"], "user": "itpn", "dbname": name}
+    with psycopg2.connect(**where, password=password) as database, database.cursor() as cursor:
+        cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        for (table,) in cursor.fetchall():
+            cursor.execute(f'SELECT t::text FROM "{table}" t')
+            yield f"{name}.{table}", "\n".join(row[0] for row in cursor.fetchall()).encode()
+
+
+def shown_by_ray(stack):
+    """(place, bytes) of what anybody may ask who has the token."""
+    listed = subprocess.run(
+        [str(BIN / "ray"), "job", "list"], env=stack.env, capture_output=True, text=True, timeout=120, check=True
+    )
+    yield "ray job list", (listed.stdout + listed.stderr).encode()
+    token = (stack.folder / "secrets" / "ray-token").read_text()
+
+    def get(path):
+        url = f"{stack.env['RAY_API_SERVER_ADDRESS']}{path}"
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.read()
+
+    jobs = get("/api/jobs/")
+    yield "/api/jobs/", jobs
+    for job in json.loads(jobs):
+        if job["submission_id"]:
+            yield f"logs of {job['submission_id']}", get(f"/api/jobs/{job['submission_id']}/logs")
+
+
+def test_no_secret_is_in_anything_that_was_written(stack):
+    """Real credentials of the stack, one more in the environment, and settings that hold them (the job's recipe)."""
+    bucket = boto3.client(
+        "s3", endpoint_url=stack.env["AWS_ENDPOINT_URL"], region_name="us-east-1",
+        aws_access_key_id=stack.env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=stack.env["AWS_SECRET_ACCESS_KEY"],
+    )  # fmt: skip
+    uid = json.loads(bucket.get_object(Bucket="itpn", Key="runs/job/run.json")["Body"].read())["run_uid"]
+    session = Path("/tmp") / f"itpn-ray-{os.getuid()}-{stack.ports['ray']}"
+    folders = [session, Path("/tmp") / f"itpn-run-{uid}", stack.folder / "logs", stack.folder / "data" / "mlflow"]
+    written = {
+        **dict(files_in(folders)),
+        **dict(everything_in(bucket)),
+        **dict(rows_of(stack, "mlflow")),
+        **dict(rows_of(stack, "mlflow_auth")),
+        **dict(shown_by_ray(stack)),
+    }
+    # The search finds what is there: in every kind of place, the name of the run or of its model.
+    for start, word in (
+        (str(session), b"jobs/pretrain.py"), ("/tmp/itpn-run-", b"train/loss"), ("mlflow.", b"train/loss"),
+        ("s3://itpn/runs/job/journal", b"train/loss"), ("s3://itpn/runs/job/checkpoints", b"steps_per_epoch"),
+        ("ray job list", b"pretrain.py"), ("/api/jobs/", b"pretrain.py"), ("logs of", b"k-NN trained"),
+    ):  # fmt: skip
+        assert any(word in body for place, body in written.items() if place.startswith(start)), f"{word} in {start}"
+    secrets = {file.name: file.read_bytes() for file in (stack.folder / "secrets").iterdir()}
+    secrets["HF_TOKEN"] = PLANTED.encode()
+    leaks = {
+        f"{name} in {place}" for place, body in written.items() for name, value in secrets.items() if value in body
+    }
+    assert leaks == set()
 
 
 def test_login_is_demanded_and_the_ui_answers(stack):
