@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 import boto3
@@ -21,7 +22,8 @@ from tests.support import TINY, write_images
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 SERVICES = ("s3", "postgres", "mlflow", "ray")
-PLANTED = "planted-7f3a9c51e2d8"
+# Drawn anew: this file travels with the job, and a value that it held would be found in Ray's copy of it.
+PLANTED = f"planted-{uuid.uuid4().hex}"
 """A further secret in the environment of Ray and of everything that it starts."""
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
