@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs this checkout into a clean Debian 12, as the image does it, and ends by examining the result.
 #   infra/image/install.sh cuda|cpu        as root; the checkout stays where it is, the environment goes to /opt/itpn-env
-# cuda takes torch from PyPI, whose wheels bring the CUDA libraries (the host lends the driver only); cpu takes PyTorch's
-# own CPU wheels, a tenth of the size.
+# cuda takes torch from the package index, whose wheels bring the CUDA libraries (the host lends the driver only). cpu takes
+# it from the index that TORCH_CPU_INDEX names (PyTorch's own of CPU wheels, a tenth of the size), where it names one.
 set -euo pipefail
 
 variant="${1:-}"
@@ -12,7 +12,6 @@ case "$variant" in
 esac
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 environment=/opt/itpn-env
-cpu_wheels="${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}"
 export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 # Compilers and headers are what torch.compile and Triton build with; KubeRay's health probes call wget.
@@ -21,9 +20,11 @@ apt-get install --yes --no-install-recommends ca-certificates python3 python3-de
 rm -rf /var/lib/apt/lists/*
 
 python3 -m venv "$environment"
-if [ "$variant" = cpu ]; then
+if [ "$variant" = cpu ] && [ -n "${TORCH_CPU_INDEX:-}" ]; then
   grep -E '^(torch|torchvision)==' "$checkout/constraints.txt" >/tmp/torch.txt
-  "$environment/bin/pip" install --index-url "$cpu_wheels" --requirement /tmp/torch.txt
+  PIP_INDEX_URL="$TORCH_CPU_INDEX" "$environment/bin/pip" install --requirement /tmp/torch.txt
+elif [ "$variant" = cpu ]; then
+  echo "TORCH_CPU_INDEX names no index of CPU wheels: torch comes with CUDA libraries, which take several GB and do no harm"
 fi
 "$environment/bin/pip" install --constraint "$checkout/constraints.txt" --editable "$checkout[dense,export,server]"
 
