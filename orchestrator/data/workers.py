@@ -1,13 +1,15 @@
 """Worker processes of the loader: torch's DataLoader as transport (shared memory, dead workers noticed, no zombies).
 
 Processes come from a fork server that was started fresh, never by forking the training process: that one holds threads,
-a CUDA context and Ray's sockets.
+a CUDA context and Ray's sockets. The fork server keeps the environment of its own first start, so each worker is given
+today's: credentials may have been set or renewed since.
 """
 
 from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,11 +26,14 @@ class _Parts(IterableDataset[Part | DataError]):
 
     def __init__(self, spec: ReaderSpec) -> None:
         self._spec = spec
+        self._environment = dict(os.environ)
 
     def __iter__(self) -> Iterator[Part | DataError]:
         info = get_worker_info()
         if info is None:
             raise RuntimeError("this data set is only for worker processes")
+        os.environ.clear()
+        os.environ.update(self._environment)
         try:
             yield from read_parts(replace(self._spec, worker=info.id, workers=info.num_workers))
         except DataError as error:  # sent as it is: DataLoader would bury the one clear line in a worker's traceback

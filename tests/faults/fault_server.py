@@ -33,12 +33,13 @@ class Fault:
 
 
 class FaultServer:
-    """Context manager; `uri` is the root, `fault` the current misbehaviour, `requests` what was asked."""
+    """Context manager; `uri` is the root, `fault` the misbehaviour, `requests` what was asked, `signed_by` by whom."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.fault: Fault | None = None
         self.requests: list[tuple[str, str, str | None, str | None]] = []
+        self.signed_by: set[str] = set()
         self._lock = threading.Lock()
         self._release = threading.Event()
         owner = self
@@ -85,6 +86,8 @@ class FaultServer:
         path = http.path.split("?")[0].lstrip("/")
         with self._lock:
             self.requests.append((http.command, path, http.headers.get("Range"), http.headers.get("If-Match")))
+            if key := re.search(r"Credential=([^/]+)/", http.headers.get("Authorization") or ""):
+                self.signed_by.add(key[1])
         fault = "" if head else self._take(path)
         file = self.root / path
         if fault in ("404", "403", "503") or not file.is_file():

@@ -27,6 +27,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
 from orchestrator.data.store import StoreConfig, open_store
 from orchestrator.data.views import TrainView
+from tests.faults.fault_server import FaultServer
 
 KEYS = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret", "AWS_REGION": "us-east-1"}
 
@@ -160,6 +161,17 @@ def test_index_an_existing_bucket_under_another_prefix(moto, photos, tmp_path, c
     assert "damaged: s3://theirs/deep/train-000001.tar" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"train-000001\.tar is not the object of the manifest"):
         open_dataset(DataConfig(source="s3://ours/index", store=StoreConfig(endpoint=moto)))
+
+
+def test_worker_processes_use_the_credentials_of_today(photos, tmp_path, monkeypatch):
+    """The fork server is older than they are, and keeps the environment of its own start."""
+    assert make_main([str(photos), str(tmp_path / "bucket" / "set"), "--shard-samples", "20"]) == 0
+    with FaultServer(tmp_path) as server:
+        for key in ("earlier", "renewed"):
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", key)
+            server.signed_by.clear()
+            load("s3://bucket/set", server.uri, workers=1)
+            assert server.signed_by == {key}
 
 
 @pytest.mark.long
