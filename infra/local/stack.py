@@ -200,6 +200,13 @@ def clean_environment() -> dict[str, str]:
     return {**kept, "PATH": f"{BIN}:{kept.get('PATH', '')}"}
 
 
+def recovery_settings() -> dict[str, str]:
+    """The shipped recovery profile; what the caller's environment sets of it wins."""
+    lines = (Path(__file__).parents[1] / "recovery" / "default.env").read_text().splitlines()
+    shipped = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return {name: os.environ.get(name, value) for name, value in shipped.items()}
+
+
 def keys(stack: Stack) -> dict[str, str]:
     """The S3 identity."""
     return {"AWS_ACCESS_KEY_ID": stack.secret("s3-key"), "AWS_SECRET_ACCESS_KEY": stack.secret("s3-secret")}
@@ -290,6 +297,7 @@ def start_ray(stack: Stack) -> None:
     """A Ray head that demands the stack's token; jobs submitted to it find the stack in their environment."""
     environment = {
         **clean_environment(),
+        **recovery_settings(),
         **client_environment(stack),
         **{name: stack.secret(file) for name, file in SECRET_VARIABLES.items()},
     }

@@ -36,6 +36,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
     "merge / unmerge": {"rule": "merge"},
     "no replenishing": {"replenish": False},
 }
+PROBE: dict[str, Any] = {"epochs": 50, "batch": 128}  # banks of some 2,000 images: about 800 steps
 Data = tuple[Tensor, Tensor]
 
 
@@ -153,10 +154,12 @@ def answers(
     chosen = _draw(len(bank[0]), share, seed)
     labels, wanted = bank[1][chosen], {PLAIN: (TokenMigration(), TokenGathering())} | dict(settings)
     banks, asked = (features_of(model, wanted, part, layer, batch, dtype) for part in (bank[0][chosen], queries[0]))
+    # one rate for all: what each would choose by the few held-out images of its bank moves it more than any rule does
+    rate = linear_probe(banks[PLAIN], labels, asked[PLAIN][:1], seed=seed, **PROBE).rate
     found = {}
     for name, query_MD in asked.items():
         knn = knn_classify(banks[name], labels, query_MD) == queries[1]
-        probe = linear_probe(banks[name], labels, query_MD, seed=seed).predictions == queries[1]
+        probe = linear_probe(banks[name], labels, query_MD, rates=(rate,), seed=seed, **PROBE).predictions == queries[1]
         cosine = F.cosine_similarity(query_MD, asked[PLAIN]).mean().item()
         found[name] = Answers(knn.double()[None], probe.double()[None], cosine)
     return found

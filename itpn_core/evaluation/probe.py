@@ -21,7 +21,7 @@ class ProbeResult:
     Attributes:
         predictions: int64 [M], classes of the queries by the chosen rate.
         rate: chosen learning rate.
-        held_out: accuracy on the held-out training samples, by rate.
+        held_out: accuracy on the held-out training samples, by rate; empty where there was only one rate.
     """
 
     predictions: Tensor
@@ -67,7 +67,8 @@ def linear_probe(
     """Trains a linear classifier on frozen features and classifies the queries.
 
     Features are standardised per channel with the training statistics. A tenth of the training samples, chosen by the
-    seed, is held out to choose the rate; the chosen rate is then trained again on all of them.
+    seed, is held out to choose the rate; the chosen rate is then trained again on all of them. A choice by few samples
+    is noisy: what is compared in pairs should be given the one rate that was chosen for the common reference.
 
     Args:
         train_ND: [N, D] training features.
@@ -87,11 +88,13 @@ def linear_probe(
     mean_D, std_D = train_ND.float().mean(dim=0), train_ND.float().std(dim=0).clamp(min=1e-6)
     train_ND, query_MD = (train_ND.float() - mean_D) / std_D, (query_MD.float() - mean_D) / std_D
     classes = int(labels_N.max()) + 1
-    order_N = torch.randperm(train_ND.shape[0], generator=torch.Generator().manual_seed(seed)).to(train_ND.device)
-    held, kept = order_N.tensor_split([train_ND.shape[0] // 10])
-    weight_GDY, bias_G1Y = _train(train_ND[kept], labels_N[kept], classes, rates, epochs, batch, seed)
-    answers_GH = (train_ND[held] @ weight_GDY + bias_G1Y).argmax(dim=2)
-    held_out = dict(zip(rates, (answers_GH == labels_N[held]).float().mean(dim=1).tolist(), strict=True))
-    rate = max(rates, key=lambda r: held_out[r])
+    held_out: dict[float, float] = {}
+    if len(rates) > 1:
+        order_N = torch.randperm(train_ND.shape[0], generator=torch.Generator().manual_seed(seed)).to(train_ND.device)
+        held, kept = order_N.tensor_split([train_ND.shape[0] // 10])
+        weight_GDY, bias_G1Y = _train(train_ND[kept], labels_N[kept], classes, rates, epochs, batch, seed)
+        answers_GH = (train_ND[held] @ weight_GDY + bias_G1Y).argmax(dim=2)
+        held_out = dict(zip(rates, (answers_GH == labels_N[held]).float().mean(dim=1).tolist(), strict=True))
+    rate = max(rates, key=lambda r: held_out.get(r, 0.0))
     weight_GDY, bias_G1Y = _train(train_ND, labels_N, classes, (rate,), epochs, batch, seed)
     return ProbeResult((query_MD @ weight_GDY[0] + bias_G1Y[0]).argmax(dim=1), rate, held_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from orchestrator.data.preflight import open_dataset
 from orchestrator.data.views import EvalView
 from orchestrator.evaluate.choice import check_shape, find_checkpoint, open_checkpoint
 from orchestrator.evaluate.features import collect
-from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare
+from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare, probe_rates
 from orchestrator.evaluate.report import Report, Row
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Setting, Subject
 from orchestrator.launch.cli import EXIT_OK
@@ -132,12 +133,14 @@ def _scores(
     )  # fmt: skip
     width, device = bank.shape[1] // len(settings), subject.device
     found = {}
-    for index, name in enumerate(settings):
+    for index, name in enumerate(settings):  # the unreduced model comes first
         part = slice(index * width, (index + 1) * width)
         data = Labelled(
             bank[:, part].to(device), bank_labels.to(device), queries[:, part].to(device), query_labels.to(device),
             len(train.classes),
         )  # fmt: skip
+        if name == PLAIN:
+            protocol = replace(protocol, chosen=probe_rates(data, protocol))
         found[name] = answers(data, protocol)
     return {name: compare(right, found[PLAIN]) for name, right in found.items()}
 

@@ -41,9 +41,10 @@ class Protocol:
         knn: measure k-NN.
         linear: measure a linear probe.
         k: neighbours.
-        rates: learning rates of the probe.
+        rates: learning rates of the probe, one of which each seed chooses.
         seeds: each draws its part of the bank, the probe's held-out part and its order.
         bank_share: part of the bank that a seed draws; 1 = all of it.
+        chosen: the rate of each seed, where it was chosen before (`probe_rates`); empty: every setting chooses anew.
     """
 
     knn: bool = True
@@ -52,6 +53,7 @@ class Protocol:
     rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     seeds: int = 1
     bank_share: float = 1.0
+    chosen: tuple[float, ...] = ()
 
 
 def answers(data: Labelled, protocol: Protocol) -> dict[str, Tensor]:
@@ -62,15 +64,36 @@ def answers(data: Labelled, protocol: Protocol) -> dict[str, Tensor]:
     """
     found: dict[str, list[Tensor]] = {}
     for seed in range(protocol.seeds):
-        chosen = _share(len(data.bank), protocol.bank_share, seed).to(data.bank.device)
-        bank_ND, labels_N = data.bank[chosen], data.bank_labels[chosen]
+        bank_ND, labels_N = _bank(data, protocol, seed)
         if protocol.knn:
             predicted = knn_classify(bank_ND, labels_N, data.queries, k=protocol.k, classes=data.classes)
             found.setdefault(KNN, []).append((predicted == data.query_labels).cpu())
         if protocol.linear:
-            probe = linear_probe(bank_ND, labels_N, data.queries, rates=protocol.rates, seed=seed)
+            rates = (protocol.chosen[seed],) if protocol.chosen else protocol.rates
+            probe = linear_probe(bank_ND, labels_N, data.queries, rates=rates, seed=seed)
             found.setdefault(LINEAR, []).append((probe.predictions == data.query_labels).cpu())
     return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def probe_rates(data: Labelled, protocol: Protocol) -> tuple[float, ...]:
+    """The rate that each seed's probe chooses on these features, for `Protocol.chosen`; empty without a probe.
+
+    Compared settings share the unreduced model's: the choice rests on few images, and its noise would otherwise be in
+    every difference.
+    """
+    if not protocol.linear:
+        return ()
+    banks = (_bank(data, protocol, seed) for seed in range(protocol.seeds))
+    return tuple(
+        linear_probe(bank_ND, labels_N, data.queries[:1], rates=protocol.rates, seed=seed).rate
+        for seed, (bank_ND, labels_N) in enumerate(banks)
+    )
+
+
+def _bank(data: Labelled, protocol: Protocol, seed: int) -> tuple[Tensor, Tensor]:
+    """A seed's part of the bank: features [n, D] and classes [n]."""
+    chosen = _share(len(data.bank), protocol.bank_share, seed).to(data.bank.device)
+    return data.bank[chosen], data.bank_labels[chosen]
 
 
 def _share(count: int, share: float, seed: int) -> Tensor:

@@ -30,7 +30,7 @@ from orchestrator.data.views import EvalView
 from orchestrator.evaluate.choice import open_checkpoint
 from orchestrator.evaluate.features import collect
 from orchestrator.evaluate.job import open_subject
-from orchestrator.evaluate.quality import KNN, LINEAR, Labelled, Protocol, Score, answers, compare
+from orchestrator.evaluate.quality import KNN, LINEAR, Labelled, Protocol, Score, answers, compare, probe_rates
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Subject
 from orchestrator.evaluate.subject import Setting as Reduction
 from orchestrator.sweep.journal import End
@@ -89,19 +89,21 @@ class Bench:
         self.subject.apply(OFF)
         return found
 
-    def answers(self, setting: Reduction) -> dict[str, Tensor]:
-        """Method -> bool [seeds, M]: which held-out images are classified rightly."""
-        device, sweep = self.subject.device, self.config.sweep
-        data = Labelled(
+    def labelled(self, setting: Reduction) -> Labelled:
+        """Features of bank and held-out images under a setting."""
+        device = self.subject.device
+        return Labelled(
             self.features(self.bank, setting), self.bank.labels.to(device),
             self.features(self.queries, setting), self.queries.labels.to(device), self.classes,
         )  # fmt: skip
-        asked = self.config.evaluate
-        wanted = {"knn": asked.knn or sweep.accuracy == "knn", "linear": asked.linear or sweep.accuracy == "linear"}
-        return answers(
-            data,
-            Protocol(**wanted, k=self.config.eval.k, rates=asked.rates, seeds=sweep.seeds, bank_share=sweep.bank_share),
-        )
+
+    def protocol(self, chosen: tuple[float, ...] = ()) -> Protocol:
+        """How accuracy is taken; `chosen` are the probe's rates that the unreduced model chose."""
+        asked, sweep = self.config.evaluate, self.config.sweep
+        return Protocol(
+            knn=asked.knn or sweep.accuracy == "knn", linear=asked.linear or sweep.accuracy == "linear",
+            k=self.config.eval.k, rates=asked.rates, chosen=chosen, seeds=sweep.seeds, bank_share=sweep.bank_share,
+        )  # fmt: skip
 
     def costs(self, setting: Reduction) -> dict[str, Cost]:
         """Speed and memory of the setting between two runs of the unreduced model."""
@@ -153,8 +155,8 @@ def measure_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End
     try:
         bench = bench_for(config)
         setting = bench.reduction(trial)
-        plain = baseline(bench, folder)
-        right = bench.answers(setting)
+        plain, rates = baseline(bench, folder)
+        right = answers(bench.labelled(setting), bench.protocol(rates))
         costs = bench.costs(setting)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
@@ -170,24 +172,28 @@ def measure_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End
     return measured(FINISHED, values_of(score, costs[SETTING]), _details(scores, costs, right, setting, bench), begun)
 
 
-def baseline(bench: Bench, folder: Folder) -> dict[str, Tensor]:
-    """The unreduced model's answers: measured by the first trial, then read."""
+def baseline(bench: Bench, folder: Folder) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """The unreduced model's answers and its probe's rates: measured by the first trial, then read."""
     try:
-        return unpack(json.loads(folder.get(BASELINE))["answers"])
+        kept = json.loads(folder.get(BASELINE))
+        return unpack(kept["answers"]), tuple(kept["probe_rates"])
     except FileNotFoundError:
-        right = bench.answers(OFF)
+        data = bench.labelled(OFF)
+        rates = probe_rates(data, bench.protocol())
+        right = answers(data, bench.protocol(rates))
         scores = compare(right, right)
         body = {
             "gflops": bench.subject.flops(OFF) / 1e9,
             "memory_mb": bench.costs(OFF)[PLAIN].peak_bytes / 1e6,
             "answers": pack(right),
+            "probe_rates": rates,
             "scores": {name: _estimates(score) for name, score in scores.items()},
             "machine": machine(bench.subject.device),
             "grid": list(bench.subject.model.grid),
             "image_size": bench.subject.size,
         }
         folder.put(BASELINE, json.dumps(body, sort_keys=True).encode(), only_if_absent=True)
-        return right
+        return right, rates
 
 
 def values_of(score: Score, cost: Cost) -> dict[str, float]:

@@ -8,6 +8,7 @@ order of sums. Optimizer, moving averages and checkpoints work on a rank's own r
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -97,11 +98,14 @@ class Replicated:
         if self._world == 1:
             return
         # Buffers are equal by construction (statistics are computed once and broadcast): no broadcast a step.
+        # Newer torch has a new name for the option.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
         self._model = DistributedDataParallel(
             self._task,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **buffers,
         )
 
     def forward(self, images_B3HW: Tensor, targets: Any, keys_B: Tensor) -> TaskOutput:

@@ -1,6 +1,6 @@
 """Steps of the engine under Ray Train beside the same steps under plain torchrun, in alternating blocks.
 
-    python tests/benchmarks/engine_overhead.py [--blocks 20] [--steps 20] [--world 2]
+    python tests/benchmarks/engine_overhead.py [--blocks 12] [--steps 10] [--world 2]
 
 Both groups live at the same time and take turns; the one whose turn it is not waits. Printed are both medians, the
 median ratio of neighbouring blocks and its 95% interval (bootstrap).
@@ -22,11 +22,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 NAMES = ("ray", "torchrun")
+PER_CLASS, IMAGES = 200, 400  # of which the train split keeps at least so many
 
 
 def settings(place: Path, steps: int, blocks: int) -> list[str]:
     """A model whose step takes long enough to be timed and short enough to be repeated."""
-    epochs = 2 + (blocks + 1) * steps * 64 // 600
+    epochs = 2 + (blocks + 1) * steps * 64 // IMAGES
     return [
         "model.embed_dim=96", "model.num_heads=4", "model.depths=[1,1,4]", "model.patch_size=16", "model.img_size=64",
         "objective.kind=ema", "objective.pyramid_dim=32", "objective.loss_tokens=masked", "train.global_batch=64",
@@ -155,8 +156,8 @@ def interval(ratios: list[float], draws: int = 10_000) -> tuple[float, float]:
 def main() -> None:
     """Parses the command line, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=20, help="steps per block")
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=10, help="steps per block")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(ROOT)
     with tempfile.TemporaryDirectory(prefix="overhead-") as scratch:
         place = Path(scratch)
-        write_shards(place / "data", per_class=200)
+        write_shards(place / "data", per_class=PER_CLASS)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.world}",
                    __file__, f"--worker={place}", f"--blocks={options.blocks}", f"--steps={options.steps}"]  # fmt: skip
         plain = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})

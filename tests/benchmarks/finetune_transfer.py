@@ -36,7 +36,14 @@ from orchestrator.train.loop import train
 from tests.support import LocalRun
 
 RECIPES = Path(__file__).resolve().parents[2] / "jobs" / "recipes"
-COMMON = ["cluster.device=cpu", "cluster.workers=1", "track.follow=false", "train.log_every=50", "data.streams=4"]
+COMMON = [
+    "cluster.device=cpu",
+    "cluster.workers=1",
+    "track.follow=false",
+    "train.log_every=50",
+    "data.streams=4",
+    "train.guard.hang_s=86400",
+]
 PRETRAIN = [
     "eval.every_epochs=0",
     "eval.bank=5000",

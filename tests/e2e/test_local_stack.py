@@ -105,6 +105,13 @@ def http_status(url, user=""):
         return error.code
 
 
+def test_ray_runs_with_the_shipped_recovery_settings(stack):
+    words = (ROOT / "infra" / "recovery" / "default.env").read_text().splitlines()
+    shipped = {line for line in words if line and not line.startswith("#")}
+    head = json.loads(stack.processes()["ray"])["pid"]
+    assert shipped <= set(Path(f"/proc/{head}/environ").read_text().split("\0"))
+
+
 def test_up_again_changes_nothing_and_prints_no_secret(stack):
     before = stack.processes()
     again = stack.up()

@@ -1,6 +1,7 @@
 """`jobs/evaluate.py`: every kind of checkpoint, under reduction, beside itself unreduced."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from orchestrator.config.tree import EvaluateConfig
 from orchestrator.data.store import StoreConfig
 from orchestrator.evaluate.choice import checkpoint_settings
 from orchestrator.evaluate.job import evaluate
-from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare
+from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare, probe_rates
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Subject
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
@@ -150,6 +151,22 @@ def test_costs_need_no_second_model_and_leave_settings_off():
     assert costs["half"].flops < costs[PLAIN].flops == costs[AGAIN].flops
     assert costs["half"].peak_bytes <= costs[PLAIN].peak_bytes
     assert not subject.model.is_reduced
+
+
+def test_compared_settings_share_the_rates_that_the_unreduced_model_chose():
+    torch.manual_seed(0)
+    centres, labels = torch.randn(3, 8), torch.arange(120) % 3
+    near, far = (centres[labels] + noise * torch.randn(120, 8) for noise in (0.5, 3.0))
+    plain, other = Labelled(near, labels, near, labels, 3), Labelled(far, labels, far, labels, 3)
+    wanted = Protocol(knn=False, linear=True, rates=(1e-5, 0.1), seeds=2, bank_share=0.5)
+    rates = probe_rates(plain, wanted)
+    assert len(rates) == 2
+    assert set(rates) <= {1e-5, 0.1}
+    assert probe_rates(plain, replace(wanted, linear=False)) == ()
+    mine = answers(other, replace(wanted, chosen=rates))["linear probe"]
+    alone = {rate: answers(other, replace(wanted, rates=(rate,)))["linear probe"] for rate in wanted.rates}
+    assert all(torch.equal(mine[seed], alone[rate][seed]) for seed, rate in enumerate(rates))
+    assert not torch.equal(alone[1e-5], alone[0.1])
 
 
 def test_seeds_share_the_queries_and_add_their_own_spread():

@@ -31,6 +31,16 @@ def test_the_rate_is_chosen_without_the_queries():
     assert a.rate == b.rate == max(a.held_out, key=a.held_out.get)
 
 
+def test_one_rate_needs_no_choice_and_gives_what_the_choice_would_have_given():
+    train, labels = clusters(400, 1.0)
+    query, _ = clusters(50, 1.0, seed=1)
+    chosen = linear_probe(train, labels, query, epochs=4)
+    given = linear_probe(train, labels, query, rates=(chosen.rate,), epochs=4)
+    assert given.rate == chosen.rate
+    assert given.held_out == {}
+    assert torch.equal(given.predictions, chosen.predictions)
+
+
 def test_random_labels_stay_near_chance():
     g = torch.Generator().manual_seed(0)
     train, labels = torch.randn(2000, 8, generator=g), torch.randint(0, 10, (2000,), generator=g)

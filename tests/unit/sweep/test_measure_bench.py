@@ -99,14 +99,14 @@ def test_running_out_of_memory_is_told_apart_from_a_mistake(home, tmp_path, monk
     def exhaust(_setting):
         return torch.empty(1 << 62, dtype=torch.uint8)
 
-    monkeypatch.setattr(bench, "answers", exhaust)
+    monkeypatch.setattr(bench, "labelled", exhaust)
     with pytest.raises(OutOfMemory):
         measure_setting(config, Folder(str(tmp_path)), trial)
 
     def fail(_setting):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(bench, "answers", fail)
+    monkeypatch.setattr(bench, "labelled", fail)
     with pytest.raises(RuntimeError, match="something else"):
         measure_setting(config, Folder(str(tmp_path)), trial)
 
