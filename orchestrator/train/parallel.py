@@ -100,7 +100,9 @@ class Replicated:
         # Buffers are equal by construction (statistics are computed once and broadcast): no broadcast a step.
         # Newer torch has a new name for the option.
         known = inspect.signature(DistributedDataParallel).parameters
-        buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
         self._model = DistributedDataParallel(
             self._task,
             device_ids=[self._device.index] if self._device.type == "cuda" else None,
