@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from orchestrator.track.config import TrackConfig, resolve
+from orchestrator.track.identity import read_identity
 from orchestrator.track.redact import Redactor
-from orchestrator.track.sync import read_identity, sync
+from orchestrator.track.sync import sync
 
 
 def main(arguments: list[str] | None = None) -> int:

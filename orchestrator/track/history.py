@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from orchestrator.track.events import Artifact, Dataset, Event, Metrics, Model, Params, State, Tags
+from orchestrator.track.identity import read_identity
 from orchestrator.track.journal import records
-from orchestrator.track.sync import read_identity
 
 
 @dataclass

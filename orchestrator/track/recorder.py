@@ -7,8 +7,6 @@ code (a metric that is not a number, a name MLflow cannot hold) and shows at the
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
 import shlex
@@ -23,11 +21,11 @@ from orchestrator.track import events
 from orchestrator.track.backlog import Backlog
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.follower import Follower, Shipper
+from orchestrator.track.identity import write_identity
 from orchestrator.track.journal import Journal, segments, streams
 from orchestrator.track.redact import Redactor, flatten
 from orchestrator.track.server import RunIdentity, Server
 
-IDENTITY = Path("track") / "run.json"
 _log = logging.getLogger(__name__)
 _METRIC_NAME = re.compile(r"[\w\-. :]+(/[\w\-. :]+)*")
 
@@ -71,7 +69,7 @@ class Recorder:
         self._config = config
         self._redactor = Redactor(secrets)
         self._journal = Journal(self.directory, attempt, role, int(config.segment_mb * (1 << 20)))
-        begun_ms = self._write_identity(run_uid, name, parent_uid)
+        begun_ms = write_identity(self.directory, run_uid, name, config.experiment, parent_uid)
         self._known_names: set[str] = set()
         self._last_step = -1
         self._lag_step = -1
@@ -83,18 +81,6 @@ class Recorder:
         if follow:
             self._follower = Follower(self._shipper, config, self._record_lag)
             self._follower.start()
-
-    def _write_identity(self, run_uid: str, name: str, parent_uid: str) -> int:
-        """Leave beside the journal what `jobs/sync_runs.py` needs to ship it without us; returns when the run began."""
-        path = self.directory / IDENTITY
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged: written anew
-            return int(json.loads(path.read_text())["begun_ms"])
-        begun_ms = time.time_ns() // 1_000_000
-        body = {"run_uid": run_uid, "name": name, "experiment": self._config.experiment, "begun_ms": begun_ms}
-        if parent_uid:
-            body["parent_uid"] = parent_uid
-        path.write_text(json.dumps(body) + "\n")
-        return begun_ms
 
     # -- what a run tells -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 from orchestrator.track.client import UnreachableError
 from orchestrator.track.config import TrackConfig
 from orchestrator.track.follower import Shipper
+from orchestrator.track.identity import read_identity
 from orchestrator.track.journal import StreamLock, streams
-from orchestrator.track.recorder import IDENTITY
 from orchestrator.track.redact import Redactor
 from orchestrator.track.server import RunIdentity, Server
 
@@ -40,35 +39,6 @@ class Synced:
     def complete(self) -> bool:
         """Whether the server holds everything that is not still being written."""
         return not (self.error or self.refused or (self.waiting and not self.busy))
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What `track/run.json` says of a run."""
-
-    run_uid: str
-    name: str
-    experiment: str
-    begun_ms: int
-    parent_uid: str = ""
-
-
-def read_identity(directory: Path) -> Identity:
-    """The run's identity, as its recorder left it.
-
-    Raises:
-        ValueError: the directory holds no recorded run.
-    """
-    path = directory / IDENTITY
-    try:
-        found = json.loads(path.read_text())
-        run_uid, name, experiment = (str(found[key]) for key in ("run_uid", "name", "experiment"))
-        return Identity(run_uid, name, experiment, int(found["begun_ms"]), str(found.get("parent_uid", "")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{directory} is not a run directory: {path} is missing or damaged ({error}). Give the directory that has "
-            "the folder `track` in it, for example runs/<name>"
-        ) from error
 
 
 def sync(directory: Path, config: TrackConfig, patience_s: float = 60.0) -> Synced:
