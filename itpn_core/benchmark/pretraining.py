@@ -33,6 +33,7 @@ from itpn_core.task import Examples, Task
 
 _SHAPES = {"fast": ("fast", "fast"), "itpn": ("itpn_clip", "clip")}
 _CLIP_NORM = 3.0
+_VARIANTS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +122,10 @@ class TrainingStep:
 
 def compiled(task: Task) -> Task:
     """The same task with every block compiled in place, and the teacher as a whole."""
+    # Blocks of one class share their code; torch counts variants (width, gradients on or off, batch) per code, and runs
+    # eager what comes after the limit.
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
     teacher = getattr(task, "teacher", None)
     if teacher is not None:
         teacher.compile()

@@ -14,6 +14,7 @@ from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.evaluate.subject import OFF, flops_of
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_OK
+from orchestrator.launch.lease import Lease
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
 from orchestrator.launch.show import duration, table
@@ -38,9 +39,11 @@ class Driver:
     """What the driver does besides running trials: progress, records and result files."""
 
     def __init__(
-        self, config: SweepJobConfig, folder: Folder, record: RunRecord, state: SweepState, facts: dict[str, str]
-    ) -> None:
+        self, config: SweepJobConfig, folder: Folder, record: RunRecord, state: SweepState, facts: dict[str, str],
+        lease: Lease,
+    ) -> None:  # fmt: skip
         self._config, self._folder, self._record, self._state = config, folder, record, state
+        self._lease = lease
         self._directory = local_directory(folder, record.run_uid)
         self._records = SweepRecords(config, record.run_uid, self._directory, record.attempts)
         self._begun = time.monotonic()
@@ -72,7 +75,12 @@ class Driver:
         self._records.known(self._state.trials, self._state.ends)
 
     def ended(self, trial: Trial, end: End) -> None:
-        """Called after each trial."""
+        """Called after each trial.
+
+        Raises:
+            FencedError: the sweep belongs to another driver by now.
+        """
+        self._lease.check()
         self._records.trial(trial, end)
         count, results = len(self._state.ends), self.results()
         if end.state == FINISHED:

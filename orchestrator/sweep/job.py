@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
 
+from orchestrator.checkpoint.runlog import FencedError
 from orchestrator.checkpoint.source import Source
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.schema import leaves
@@ -18,9 +20,10 @@ from orchestrator.data.preflight import open_dataset
 from orchestrator.evaluate.choice import check_shape, checkpoint_settings, find_checkpoint, open_checkpoint
 from orchestrator.evaluate.job import check_counts
 from orchestrator.launch.check import check
-from orchestrator.launch.cli import EXIT_OK
+from orchestrator.launch.cli import EXIT_HELD, EXIT_OK
 from orchestrator.launch.cluster import connected
-from orchestrator.launch.record import RunRecord, open_record
+from orchestrator.launch.lease import HeldError, Lease
+from orchestrator.launch.record import open_record
 from orchestrator.sweep.config import BOTH, MEASURE, MEASURED, TRAIN
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.front import gains
@@ -44,7 +47,7 @@ FIXED = ("eval.", "train.epochs", "train.max_steps")
 
 
 def sweep(config: SweepJobConfig, recipe: str, work: MeasureFn | None = None) -> int:
-    """Runs or resumes a sweep; returns the exit code (0 done or interrupted, 1 nothing could be measured).
+    """Runs or resumes a sweep; returns the exit code (0 done or interrupted, 1 nothing measured, 3 another driver's).
 
     Args:
         config: resolved configuration.
@@ -54,6 +57,14 @@ def sweep(config: SweepJobConfig, recipe: str, work: MeasureFn | None = None) ->
     Raises:
         UserError: checkpoint, data, space or cluster cannot serve.
     """
+    try:
+        return _whole(config, recipe, work)
+    except (HeldError, FencedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_HELD
+
+
+def _whole(config: SweepJobConfig, recipe: str, work: MeasureFn | None) -> int:
     if config.sweep.mode != BOTH:
         return _sweep(config, recipe, work)[0]
     code, driver = _sweep(replace(config, sweep=replace(config.sweep, mode=MEASURE)), recipe, work)
@@ -83,26 +94,44 @@ def _sweep(
     space = open_space(config)
     described = space.describe()
     print(described)
-    config, folder, record = _identity(config, recipe, manifest, facts.get("checkpoint", ""))
-    length = rungs_of(config) if config.sweep.mode == TRAIN else 0
-    queue = Queue(config.sweep.goals(), length, config.sweep.budget) if length else None
-    state = SweepState(
-        TrialJournal(folder), space, _sampler(config, space, settings), config.sweep.trials, config.sweep.retries,
-        queue,
-    )  # fmt: skip
-    print(f"sweep {config.run.name} (attempt {record.attempts}) in {folder.uri}")
-    if state.resumed:
-        print(f"resumed: {state.resumed} trials have ended and are not run again, {state.left} are left")
-    driver = Driver(config, folder, record, state, facts)
-    driver.started({"manifest.sha256": manifest.fingerprint, "space": described})
-    if state.left:
-        with connected(config.cluster):
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            placement = (place_training if config.sweep.mode == TRAIN else place)(nodes, config.cluster)
-            print(f"at most {placement.concurrent} trials at a time")
-            slices = 1 + len(resting_rungs(length))
+    config, folder, fields = _identity(config, recipe, manifest, facts.get("checkpoint", ""))
+    with Lease(folder, config.run.lease_s) as lease:
+        if lease.taken_from:
+            print(lease.taken_from)
+        record = open_record(folder, fields, config.run.name).next_attempt()
+        record.save(folder)
+        length = rungs_of(config) if config.sweep.mode == TRAIN else 0
+        queue = Queue(config.sweep.goals(), length, config.sweep.budget) if length else None
+        state = SweepState(
+            TrialJournal(folder), space, _sampler(config, space, settings), config.sweep.trials, config.sweep.retries,
+            queue,
+        )  # fmt: skip
+        print(f"sweep {config.run.name} (attempt {record.attempts}) in {folder.uri}")
+        if state.resumed:
+            print(f"resumed: {state.resumed} trials have ended and are not run again, {state.left} are left")
+        driver = Driver(config, folder, record, state, facts, lease)
+        driver.started({"manifest.sha256": manifest.fingerprint, "space": described})
+        if state.left:
+            _run(config, folder, work, state, driver, length, lease)
+        return driver.finish(), driver
+
+
+def _run(
+    config: SweepJobConfig, folder: Folder, work: MeasureFn, state: SweepState, driver: Driver, length: int,
+    lease: Lease,
+) -> None:  # fmt: skip
+    """Trials on the cluster until none is left or somebody stops it."""
+    with connected(config.cluster):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        placement = (place_training if config.sweep.mode == TRAIN else place)(nodes, config.cluster)
+        print(f"at most {placement.concurrent} trials at a time")
+        slices = 1 + len(resting_rungs(length))
+        try:
             run_sweep(Work(config, folder.uri, placement, work, slices), state, driver.ended)
-    return driver.finish(), driver
+        except Exception:
+            if lease.lost is not None:  # Tune wraps what its searcher raises
+                raise lease.lost from None
+            raise
 
 
 def _checked(config: SweepJobConfig, work: MeasureFn | None) -> tuple[Manifest, dict[str, str], MeasureFn]:
@@ -188,11 +217,10 @@ def _sampler(config: SweepJobConfig, space: Space, settings: Sequence[Setting]) 
 
 def _identity(
     config: SweepJobConfig, recipe: str, manifest: Manifest, checkpoint: str
-) -> tuple[SweepJobConfig, Folder, RunRecord]:
+) -> tuple[SweepJobConfig, Folder, dict[str, Any]]:
     fields = result_fields(config, manifest.fingerprint) | {"sweep.checkpoint": checkpoint}
     name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
     config = replace(config, run=replace(config.run, name=name))
     folder = Folder(f"{config.run.storage}/{name}", config.data.store)
-    record = open_record(folder, fields, name).next_attempt()
-    record.save(folder)
-    return config, folder, record
+    open_record(folder, fields, name)  # refuses other settings under this name
+    return config, folder, fields

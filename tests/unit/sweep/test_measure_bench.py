@@ -14,11 +14,13 @@ from orchestrator.config.load import load
 from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.evaluate.choice import checkpoint_settings, find_checkpoint
+from orchestrator.launch.cli import EXIT_HELD
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.home import resolve
+from orchestrator.launch.lease import Lease
 from orchestrator.launch.record import open_record
 from orchestrator.sweep.config import MEASURED
-from orchestrator.sweep.job import open_space
+from orchestrator.sweep.job import open_space, sweep
 from orchestrator.sweep.measure import (
     BASELINE,
     bench_for,
@@ -84,6 +86,18 @@ def test_the_plain_word_is_the_newest_finished_run(home):
     assert config.model.img_size == config.data.image_size == 64
     with pytest.raises(UserError, match=r"no finished run 'first_run'.*make pretrain"):
         sweep_config([word for word in home if "checkpoint" not in word], "evaluate.checkpoint=first_run")
+
+
+def test_a_sweep_that_another_driver_runs_is_left_to_it(home, capsys):
+    config = sweep_config(home, "run.name=held", "sweep.trials=1")
+    folder = Folder(f"{config.run.storage}/held")
+    elsewhere = {"host": "elsewhere", "pid": 7, "birth": "", "boot": "", "pids": "", "job": "raysubmit_1"}
+    with Lease(folder, 600.0, elsewhere):
+        assert sweep(config, "any") == EXIT_HELD
+    assert "held is held by a driver on host elsewhere, pid 7" in (error := capsys.readouterr().err)
+    assert "raysubmit_1" in error
+    assert folder.names("trials") == []
+    assert not folder.exists("run.json")
 
 
 def test_answers_survive_the_journal():
