@@ -1,6 +1,6 @@
 """Does pre-training help a classifier that has few labels? Fine-tuning from pre-trained and from drawn weights.
 
-    python tests/benchmarks/finetune_transfer.py --data FOLDER --work FOLDER [--seeds 3] [--steps 300]
+    python tests/benchmarks/finetune_transfer.py --data FOLDER --work FOLDER [--seeds 0 1 2] [--steps 300]
 
 FOLDER of --data holds WebDataset tars `train-*.tar` and `test-*.tar` of small labelled images. All train images are
 seen without labels by the pre-training (recipe first_run's objective and model); the first --labelled images of the
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=2000)
     parser.add_argument("--pretrain-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(torch.device("cpu")), flush=True)
@@ -110,7 +110,7 @@ def main() -> None:
     seconds, scores = run(pretrained)
     print(f"pre-training: {asked.pretrain_steps} steps, {seconds:.0f} s, {show(scores)}", flush=True)
     top1: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for seed in range(asked.seeds):
+    for seed in asked.seeds:
         for arm, own in ARMS.items():
             name = f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
             start = [f"init.checkpoint={asked.work}/runs/pretrained"] if arm == "pretrained" else []
@@ -125,8 +125,8 @@ def main() -> None:
             seconds, scores = run(configure(FinetuneConfig, "finetune_first_run.yaml", asked.work, few, name, words))
             top1[arm].append(100 * scores["top-1"][0])
             print(f"{arm}, seed {seed}: {seconds:.0f} s, {show(scores)}", flush=True)
-    print("\n| start | " + " | ".join(f"seed {s}" for s in range(asked.seeds)) + " | mean | standard deviation |")
-    print("|---" * (asked.seeds + 3) + "|")
+    print("\n| start | " + " | ".join(f"seed {s}" for s in asked.seeds) + " | mean | standard deviation |")
+    print("|---" * (len(asked.seeds) + 3) + "|")
     for arm, values in top1.items():
         spread = statistics.stdev(values) if len(values) > 1 else float("nan")
         cells = [f"{v:.1f} %" for v in values] + [f"{statistics.mean(values):.1f} %", f"{spread:.1f}"]
