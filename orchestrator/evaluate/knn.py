@@ -6,7 +6,7 @@ neighbours, votes weighted by similarity. Student and teacher features are the m
 (the student's after its final norm); raw pixels are the grey values at `eval.raw_size`, plain or centred per image,
 whichever is better. With `eval.stages` the same bank and queries, from the same pass, also give k-NN, a linear probe
 and RankMe of every pyramid stage (the mean over its cells), and a probe of the backbone's features. A stage's k-NN has
-`eval.stage_images` of the queries, a probe so many of the bank: otherwise they would take longer than all the rest.
+`eval.stage_images` of the queries, a probe so many of the bank, which keeps both cheap.
 """
 
 from __future__ import annotations
