@@ -14,6 +14,7 @@ from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.folder import Folder
 from orchestrator.data.shards import ShardOptions, make_shards
 from orchestrator.launch.home import resolve
+from orchestrator.train.results import Request, Result
 
 CLASSES = 4
 
@@ -92,6 +93,10 @@ class LocalRun:
         self.stop_after = 0
         """Step at which a stop is requested; 0 = never."""
         self.step = 0
+        self.asked: list[Request] = []
+        """Evaluations that were asked for, for a test to see to."""
+        self.came: list[Result] = []
+        """Results that the test has put there for the engine."""
 
     def progress(self, stage: str, *, step: int = 0, **_: float) -> None:
         """Keeps the step, for `stop_reason`."""
@@ -108,6 +113,15 @@ class LocalRun:
     def stop_reason(self) -> str:
         """Asks to stop once `stop_after` steps are done."""
         return "test" if self.stop_after and self.step >= self.stop_after else ""
+
+    def ask_evaluation(self, request: Request) -> None:
+        """Keeps the request."""
+        self.asked.append(request)
+
+    def evaluated(self) -> list[Result]:
+        """What the test has put there."""
+        came, self.came = self.came, []
+        return came
 
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """Keeps the metrics."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from itpn_core.evaluation.features import feature_std, rankme
 from itpn_core.models.config import ModelConfig
+from itpn_core.models.trunk import StemFeatures
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.guard import CollapseGuard
 from itpn_core.pretraining.masking import PUBLISHED_RATIO, block_mask, mask_count, uniform_mask
@@ -112,21 +113,36 @@ class PretrainTask(Task):
     # --- frozen features ---
 
     @torch.no_grad()
-    def backbone_tokens(self, images_B3HW: Tensor) -> Tensor:
-        """Stage-3 tokens [B, N, E] of whole images after the final norm (parameter-free in the iTPN flavours)."""
+    def _encoded(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor, StemFeatures]:
+        """Stage-3 tokens of whole images before and after the final norm, and the stem's laterals."""
         student, mode = self.student, self.training
         self.train(False)
         images_B3HW = self.normalise(images_B3HW)
         grid = student.grid_of(*images_B3HW.shape[-2:])
-        tokens_BNE = student.stem(student.embed(images_B3HW)).tokens
-        x_BNE = student.attend(tokens_BNE + student.positions(grid), grid).tokens
-        x_BNE = student.norm(x_BNE) if self.model_config.is_fast else plain_layer_norm(x_BNE)
+        stem = student.stem(student.embed(images_B3HW))
+        x_BNE = student.attend(stem.tokens + student.positions(grid), grid).tokens
+        normed_BNE = student.norm(x_BNE) if self.model_config.is_fast else plain_layer_norm(x_BNE)
         self.train(mode)
-        return at_least_float32(x_BNE)
+        return x_BNE, normed_BNE, stem
+
+    def backbone_tokens(self, images_B3HW: Tensor) -> Tensor:
+        """Stage-3 tokens [B, N, E] of whole images after the final norm (parameter-free in the iTPN flavours)."""
+        return at_least_float32(self._encoded(images_B3HW)[1])
 
     def features(self, images_B3HW: Tensor) -> Tensor:
         """The backbone's features for k-NN and probes: [B, E], mean of `backbone_tokens`."""
         return self.backbone_tokens(images_B3HW).mean(dim=1)
+
+    @torch.no_grad()
+    def stage_features(self, images_B3HW: Tensor) -> dict[str, Tensor]:
+        """The same per stage of the pyramid, from one pass: "" is `features`, "p16", "p8", "p4" means over cells."""
+        x_BNE, normed_BNE, stem = self._encoded(images_B3HW)
+        student, mode = self.student, self.training
+        self.train(False)
+        levels = student.levels(normed_BNE if self.model_config.is_fast else x_BNE, stem)
+        self.train(mode)
+        pooled = {name: at_least_float32(level).mean(dim=(1, 2)) for name, level in levels._asdict().items()}
+        return {"": at_least_float32(normed_BNE).mean(dim=1), **pooled}
 
     def teacher_features(self, images_B3HW: Tensor) -> Tensor:
         """The teacher's features for the same evaluation: [B, C], mean over its map.

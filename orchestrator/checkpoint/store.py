@@ -132,6 +132,10 @@ class CheckpointStore:
         self.made_by = made_by or {}
         self.best = -1
         """Step of the best checkpoint, which stays; -1 = none is."""
+        self.pinned: frozenset[int] = frozenset()
+        """Steps whose checkpoints somebody still needs: they stay, too."""
+        self.committed: list[int] = []
+        """Steps of all checkpoints that this process committed, in order."""
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self.last_committed = -1
@@ -237,6 +241,16 @@ class CheckpointStore:
             raise CheckpointError(f"{self._folder.uri}/{where}: {', '.join(found.incomplete()) or STATE} is incomplete")
         return Snapshot(step, found.tensors, state, marker.get("made_by", {}))
 
+    def state_of(self, step: int) -> dict[str, Any]:
+        """What one checkpoint holds besides tensors; raises as `load`."""
+        where = f"checkpoints/{_name(step)}"
+        try:
+            marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
+            found: dict[str, Any] = json.loads(self._folder.get(f"{where}/{marker.get('stamp', '')}{STATE}"))
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
+        return found
+
     def _try_write(self, snapshot: Snapshot, before_commit: Callable[[], None]) -> None:
         """Writes, and keeps a storage failure for whoever asks: training does not end because of it."""
         began, cpu = time.perf_counter(), time.thread_time()
@@ -254,6 +268,7 @@ class CheckpointStore:
             return
         self.failure = None
         self.last_committed = snapshot.step
+        self.committed.append(snapshot.step)
         self.last_save = Saved(size, time.perf_counter() - began, time.thread_time() - cpu)
         if self._leads:
             self._retire()
@@ -346,7 +361,7 @@ class CheckpointStore:
         try:
             self._clear_leftovers()
             steps = self.steps()
-            for step in sorted(set(steps) - kept(steps, self._keep, self._every_steps, self.best)):
+            for step in sorted(set(steps) - kept(steps, self._keep, self._every_steps, self.best) - self.pinned):
                 # The marker goes first: a half-deleted checkpoint must not look committed.
                 where = f"checkpoints/{_name(step)}"
                 self._folder.delete([f"{where}/{MARKER}"])

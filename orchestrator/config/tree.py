@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 from itpn_core.finetuning.config import FinetuneTaskConfig
 from itpn_core.models.config import ModelConfig
@@ -70,6 +71,13 @@ class FinetuneConfig:
 
 JobConfig = PretrainConfig | FinetuneConfig
 """What the training engine and its driver can run."""
+C = TypeVar("C", bound=PretrainConfig | FinetuneConfig)
+
+
+def with_where(config: C, where: str) -> C:
+    """The same configuration with evaluations made there."""
+    evaluation: Any = replace(config.eval, where=where)  # each configuration has its own class of them
+    return replace(config, eval=evaluation)
 
 
 @dataclass(frozen=True)

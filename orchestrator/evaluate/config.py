@@ -6,12 +6,35 @@ from dataclasses import dataclass, field
 
 from itpn_core.errors import ConfigError
 
+_WHERE = {
+    "affects_result": False,
+    "help": "auto | inside | beside: between steps, or as a task beside the training (auto: where there is room)",
+    "choices": "auto,inside,beside",
+}
+_WAIT = {"affects_result": False, "help": "beside: how long the end of a run waits for evaluations under way"}
+
 
 @dataclass(frozen=True)
 class EvalConfig:
     """k-NN of the frozen backbone on held-out images (the labels never choose a checkpoint)."""
 
     every_epochs: int = field(default=1, metadata={"help": "evaluate after every N epochs; 0 = only at both ends"})
+    where: str = field(default="auto", metadata=_WHERE)
+    wait_s: float = field(default=600.0, metadata=_WAIT)
+    stages: bool = field(
+        default=True,
+        metadata={
+            "affects_result": False,
+            "help": "also k-NN, linear probe and RankMe of every pyramid stage (the probe needs a bank of 20)",
+        },
+    )
+    stage_images: int = field(
+        default=2000,
+        metadata={
+            "affects_result": False,
+            "help": "queries of a stage's k-NN, and bank of linear probes, at equal distances; 0 = all of them",
+        },
+    )
     bank: int = field(default=10_000, metadata={"help": "train images that vote, at equal distances over the split"})
     queries: int = field(default=0, metadata={"help": "val images that are classified; 0 = the whole val split"})
     k: int = field(default=10, metadata={"help": "neighbours that vote, weighted by cosine similarity"})
@@ -31,6 +54,8 @@ class ClassifyEvalConfig:
     """Top-1 and top-5 of a classifier on held-out images (they never choose a checkpoint)."""
 
     every_epochs: int = field(default=1, metadata={"help": "evaluate after every N epochs; 0 = only at both ends"})
+    where: str = field(default="auto", metadata=_WHERE)
+    wait_s: float = field(default=600.0, metadata=_WAIT)
     images: int = field(default=0, metadata={"help": "val images at equal distances over the split; 0 = all of them"})
     crop: float = field(default=0.875, metadata={"help": "side of the centre crop as a share of the shorter side"})
     batch: int = field(default=250, metadata={"affects_result": False, "help": "images per forward pass and worker"})

@@ -4,7 +4,9 @@ Protocol: the bank is `eval.bank` images at equal distances over the train split
 `eval.queries` images at equal distances); resize and centre crop, no augmentation; cosine similarity, `eval.k`
 neighbours, votes weighted by similarity. Student and teacher features are the mean over positions of the feature map
 (the student's after its final norm); raw pixels are the grey values at `eval.raw_size`, plain or centred per image,
-whichever is better.
+whichever is better. With `eval.stages` the same bank and queries, from the same pass, also give k-NN, a linear probe
+and RankMe of every pyramid stage (the mean over its cells), and a probe of the backbone's features. A stage's k-NN has
+`eval.stage_images` of the queries, a probe so many of the bank, which keeps both cheap.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itpn_core.evaluation import accuracy, feature_std, knn_classify, paired_difference, rankme, raw_pixel_features
+from itpn_core.evaluation import (
+    accuracy,
+    feature_std,
+    knn_classify,
+    linear_probe,
+    paired_difference,
+    rankme,
+    raw_pixel_features,
+)
 from itpn_core.pretraining.base import PretrainTask
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.config import DataConfig
@@ -25,6 +35,10 @@ from orchestrator.evaluate.features import Extract, collect
 from orchestrator.evaluate.neighbours import Measured
 from orchestrator.train.context import RunContext
 from orchestrator.train.precision import autocast_dtype
+
+_RANKED = 2048
+PROBE_BANK = 20
+"""Least bank of a linear probe, which holds a tenth of it out."""
 
 
 class Evaluator:
@@ -59,15 +73,37 @@ class Evaluator:
         return metrics
 
     def _student(self, task: PretrainTask, name: str, known: dict[str, list[int]]) -> dict[str, float]:
-        features = self._features(self._in_precision(task.features), self._config.data)
+        widths: dict[str, int] = {}
+        extract = self._in_precision(task.features if not self._config.eval.stages else _side_by_side(task, widths))
+        bank_ND, bank_N, query_MD, query_M = self._features(extract, self._config.data)
+        banks, queries = _apart(bank_ND, widths), _apart(query_MD, widths)
+        stages = {stage: (banks[stage], bank_N, queries[stage], query_M) for stage in banks}
+        features = stages.pop("")
         self.measured = None if self._run.rank else Measured(*features)
-        top1 = self._score(name, *features, known)
-        bank_ND = features[0]
-        return {
-            "eval/knn_top1": top1,
-            "eval/rankme": rankme(bank_ND[:2048]),
-            "eval/feature_std": float(feature_std(bank_ND)),
+        found = {
+            "eval/knn_top1": self._score(name, *features, known),
+            "eval/rankme": rankme(features[0][:_RANKED]),
+            "eval/feature_std": float(feature_std(features[0])),
         }
+        if self._config.eval.stages:
+            found |= self._probe("eval/", *features)
+        some_Q = _spread(len(query_M), self._config.eval.stage_images)
+        for stage, measured in stages.items():
+            bank_NF, _, query_MF, _ = measured
+            found[f"eval/{stage}/knn_top1"] = self._score(stage, bank_NF, bank_N, query_MF[some_Q], query_M[some_Q], {})
+            found[f"eval/{stage}/rankme"] = rankme(bank_NF[:_RANKED])
+            found |= self._probe(f"eval/{stage}/", *measured)
+        return found
+
+    def _probe(
+        self, prefix: str, bank_ND: Tensor, bank_N: Tensor, query_MD: Tensor, query_M: Tensor
+    ) -> dict[str, float]:
+        device, some_R = self._run.device, _spread(len(bank_ND), self._config.eval.stage_images)
+        if len(some_R) < PROBE_BANK:
+            return {}
+        with torch.enable_grad():
+            probe = linear_probe(bank_ND[some_R].to(device), bank_N[some_R].to(device), query_MD.to(device))
+        return {f"{prefix}linear_top1": accuracy(probe.predictions.cpu() == query_M).value}
 
     def _baselines(self, task: PretrainTask, known: dict[str, list[int]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -135,6 +171,30 @@ class Evaluator:
             f" bank {self._config.eval.bank} of {self._train.samples} train images, {queries} val queries"
         )
         return {"scores": knn, "differences": differences, "protocol": protocol}
+
+
+def _side_by_side(task: PretrainTask, widths: dict[str, int]) -> Extract:
+    """Features of all stages in one row [B, sum of widths]; `widths` is filled with what is where."""
+
+    def extract(images_B3HW: Tensor) -> Tensor:
+        parts = task.stage_features(images_B3HW)
+        widths.update({stage: part.shape[1] for stage, part in parts.items()})
+        return torch.cat(list(parts.values()), dim=1)
+
+    return extract
+
+
+def _apart(rows_ND: Tensor, widths: dict[str, int]) -> dict[str, Tensor]:
+    """What `_side_by_side` has put into a row, by stage."""
+    if not widths:
+        return {"": rows_ND}
+    parts = torch.split(rows_ND, list(widths.values()), dim=1)
+    return {stage: part.contiguous() for stage, part in zip(widths, parts, strict=True)}
+
+
+def _spread(count: int, wanted: int) -> Tensor:
+    """Rows at equal distances: `wanted` of `count`, or all."""
+    return torch.linspace(0, count - 1, min(wanted or count, count)).round().long()
 
 
 def _raw(centred: bool) -> Extract:

@@ -33,7 +33,8 @@ class Watched:
         self._device = device
         self._images: Tensor | None = None
         self._keys: Tensor | None = None
-        self._basis: dict[str, ColourBasis] | None = None
+        self.basis: dict[str, ColourBasis] | None = None
+        """Colours of the pictures so far; None before the first."""
 
     def health(self, task: PretrainTask) -> dict[str, float]:
         """Spread and effective rank of the features per level ("std/…", "rankme/…"); waits for the device."""
@@ -48,7 +49,7 @@ class Watched:
         path = directory / "figures" / f"features-{step:08d}.png"
         parts = task.figure(images[:count], keys[:count])
         # Colours are fitted on the first picture, so that the same feature keeps its colour over the run.
-        self._basis = feature_figure(path, parts, step=step, title=self._config.run.name, basis=self._basis)
+        self.basis = feature_figure(path, parts, step=step, title=self._config.run.name, basis=self.basis)
         return path
 
     def _read(self) -> tuple[Tensor, Tensor]:

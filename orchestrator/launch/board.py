@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure
+from orchestrator.train.results import Request, Result
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class News:
     """Lines that are worth keeping in the log, such as where a run was resumed."""
     states: list[tuple[str, str]] = field(default_factory=list)
     """Lifecycle states that were entered, with their reasons."""
+    requests: list[Request] = field(default_factory=list)
+    """Checkpoints that are to be measured beside the training."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Board:
         self._progress: Progress | None = None
         self._notes: list[str] = []
         self._states: list[tuple[str, str]] = []
+        self._requests: list[Request] = []
+        self._results: list[Result] = []
         self._stop = ""
         self._complaints: list[Complaint] = []
         self._failures = self._idle = 0
@@ -74,12 +79,21 @@ class Board:
         self._progress = news.progress or self._progress
         self._notes += news.notes
         self._states += news.states
+        self._requests += news.requests
         return self._stop
+
+    def evaluated(self, result: Result) -> None:
+        """Called by the driver with what came of a request."""
+        self._results.append(result)
+
+    def results(self, known: int) -> list[Result]:
+        """What came of requests, without the first `known`."""
+        return self._results[known:]
 
     def read(self) -> News:
         """Latest progress, and what has been told since the last read."""
-        news = News(self._progress, self._notes, self._states)
-        self._notes, self._states = [], []
+        news = News(self._progress, self._notes, self._states, self._requests)
+        self._notes, self._states, self._requests = [], [], []
         return news
 
     def stop(self, reason: str) -> None:
@@ -152,6 +166,10 @@ class BoardClient:
         self._latest: Progress | None = None
         self._notes: list[str] = []
         self._states: list[tuple[str, str]] = []
+        self._requests: list[Request] = []
+        self._results: list[Result] = []
+        self._asked = False
+        self._known = 0
         self.stop_reason = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="board", daemon=True)
@@ -169,6 +187,18 @@ class BoardClient:
         """Queues a lifecycle state for the run's record."""
         self._states.append((name, reason))
 
+    def ask(self, request: Request) -> None:
+        """Queues a checkpoint that is to be measured."""
+        self._asked = True
+        self._requests.append(request)
+
+    def evaluated(self) -> list[Result]:
+        """What came of requests since the last call."""
+        count = len(self._results)
+        found = self._results[:count]
+        del self._results[:count]
+        return found
+
     def close(self) -> None:
         """Sends what is left and ends the thread."""
         self._end.set()
@@ -183,12 +213,16 @@ class BoardClient:
                 return
 
     def _exchange(self) -> None:
-        notes, states = self._notes[:], self._states[:]
-        reason = ray.get(self._board.post.remote(News(self._latest, notes, states)), timeout=10)
+        news = News(self._latest, self._notes[:], self._states[:], self._requests[:])
+        reason = ray.get(self._board.post.remote(news), timeout=10)
         # They leave the queue only after the actor took them.
-        del self._notes[: len(notes)], self._states[: len(states)]
+        del self._notes[: len(news.notes)], self._states[: len(news.states)], self._requests[: len(news.requests)]
         if reason:
             self.stop_reason = reason
+        if self._asked:
+            new = ray.get(self._board.results.remote(self._known), timeout=10)
+            self._known += len(new)
+            self._results += new
 
 
 def watch(board: Any, show: Callable[[News], None], done: threading.Event, poll_s: float = 0.5) -> None:

@@ -136,6 +136,8 @@ def _check_settings(config: JobConfig) -> None:
             f"cluster.workers_min={config.cluster.workers_min}: allowed are 0 (always cluster.workers) to"
             f" cluster.workers={workers}"
         )
+    if config.eval.wait_s < 0:
+        raise SettingError(f"eval.wait_s={config.eval.wait_s:g}: it must be at least 0 seconds")
     for key, seconds in {"run.lease_s": config.run.lease_s, "cluster.resize_s": config.cluster.resize_s}.items():
         if seconds < 1:
             raise SettingError(f"{key}={seconds:g}: it must be at least 1 second")

@@ -104,6 +104,32 @@ def request(config: ClusterConfig) -> Resources:
     return asked
 
 
+def room_beside(asked: Resources) -> bool:
+    """Whether the cluster could ever hold all workers and one task like a worker."""
+    if fits_beside([dict(node["Resources"]) for node in _nodes()], asked):
+        return True
+    growing = _limits_of_autoscaler()
+    return bool(growing) and _workers_that_fit(growing, asked) > asked.workers
+
+
+def free_nodes(asked: Resources | None = None) -> list[tuple[dict[str, float], bool]]:
+    """What every living node has free now, and whether a task like a worker fits there."""
+    free = ray._private.state.available_resources_per_node()
+    mine = [dict(free.get(node["NodeID"], {})) for node in _nodes()]
+    return [(node, asked is not None and _workers_that_fit(node, asked) > 0) for node in mine]
+
+
+def fits_beside(nodes: list[dict[str, float]], asked: Resources) -> bool:
+    """Whether these nodes hold all workers and, on one of them, one task like a worker."""
+    counts = [_workers_that_fit(node, asked) for node in nodes]
+    less = {name: amount for name, amount in asked.bundle.items() if amount}
+    for node, count in zip(nodes, counts, strict=True):
+        left = {name: amount - less.get(name, 0.0) for name, amount in node.items()}
+        if count and sum(counts) - count + _workers_that_fit(left, asked) >= asked.workers:
+            return True
+    return False
+
+
 def _limits_of_autoscaler() -> dict[str, float]:
     """The most that nodes which are still to come could bring; empty where the cluster does not grow by itself."""
     found = ray._private.state.state.get_max_resources_from_cluster_config()

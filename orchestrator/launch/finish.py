@@ -67,6 +67,8 @@ def end_table(config: JobConfig, folder: Folder, outcome: dict[str, Any]) -> str
         ("images/s", f"{outcome['images_per_second']:.0f}"),
         ("time of all ranks", outcome["goodput"]),
     ]
+    if outcome.get("beside"):  # runs of earlier versions have no such entry
+        rows.append(("evaluations beside", outcome["beside"]))
     if outcome["mfu"]:
         rows.append(("utilisation", f"{100 * outcome['mfu']:.1f} % of the devices' peak (MFU)"))
     if outcome["restarts"]:

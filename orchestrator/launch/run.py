@@ -19,12 +19,14 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from itpn_core.errors import UserError
 from orchestrator.checkpoint.runlog import FencedError
 from orchestrator.config.identity import fingerprint, result_fields
-from orchestrator.config.tree import JobConfig
+from orchestrator.config.tree import JobConfig, with_where
 from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.board import Admission, News, open_board, watch
 from orchestrator.launch.check import Checked, check
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_OK, EXIT_STORAGE
 from orchestrator.launch.cluster import Resources, connected, request
+from orchestrator.launch.desk import Desk
+from orchestrator.launch.evaluations import Job, RayRunner, looking, resolve_where
 from orchestrator.launch.failure import root_cause
 from orchestrator.launch.finish import end_table, record_end
 from orchestrator.launch.lease import HeldError, Lease
@@ -86,6 +88,7 @@ class _Attempt:
         self._facts = {"recipe": recipe, **driver_facts()}
         self._started = time.monotonic()
         self._part = 0
+        self._board: Any = None
 
     def run(self) -> int:
         """Trains to the end, or to what ends it; returns the exit code.
@@ -104,7 +107,8 @@ class _Attempt:
                 resources = request(self._config.cluster)
                 check_nodes(self._config, resources, self._folder, KEY, self._manifest)
                 self._announce(resources)
-                returned, cause = self._train(resources)
+                with looking(self._desk(resources)):
+                    returned, cause = self._train(resources)
         except UserError as error:
             self._life.note("failed", str(error))
             raise
@@ -118,6 +122,20 @@ class _Attempt:
         low = f"{resources.min_workers} to " if resources.min_workers < resources.workers else ""
         ready = duration(time.monotonic() - self._started)
         print(f"{low}{resources.workers} workers x {resources.bundle}; Ray is up after {ready}")
+        where, why = resolve_where(self._config.eval.where, resources)
+        print(f"evaluation {where}: {why}")
+        self._facts["evaluation"] = f"{where}: {why}"
+        self._config = with_where(self._config, where)
+
+    def _desk(self, resources: Resources) -> Desk:
+        """What sees to evaluations beside the training; without requests it does nothing."""
+        record = self._life.record
+        job = Job(self._config, self._folder.uri, record.run_uid, record.attempts)
+        self._evaluations = Desk(
+            RayRunner(job, resources), self._folder, self._config.train.guard.evaluate_s, self._config.checkpoint,
+            lambda result: self._board.evaluated.remote(result),
+        )  # fmt: skip
+        return self._evaluations
 
     def _train(self, resources: Resources) -> tuple[dict[str, Any], tuple[str, str]]:
         """Runs worker groups until the run ends for another reason than a node that is taken away.
@@ -126,7 +144,7 @@ class _Attempt:
             (what rank 0 returned, or nothing when the run failed; first failure and the whole of it).
         """
         while True:
-            board = open_board(self._config.cluster.max_failures)
+            self._board = board = open_board(self._config.cluster.max_failures)
             returned, error = self._fit(resources, board)
             if error is not None:
                 first, verdict = _last_words(board)
@@ -165,6 +183,8 @@ class _Attempt:
             line(news)
             for state, reason in news.states:
                 self._life.note(state, reason)
+            for wish in news.requests:
+                self._evaluations.ask(wish)
 
         thread = threading.Thread(target=watch, args=(board, show, done), name="progress", daemon=True)
         thread.start()

@@ -27,6 +27,7 @@ from orchestrator.launch.metrics import TrainingMetrics
 from orchestrator.launch.place import local_directory
 from orchestrator.train.context import PREEMPTED
 from orchestrator.train.loop import train
+from orchestrator.train.results import Request, Result
 
 _BOARD_S = 10.0
 
@@ -95,6 +96,15 @@ class RayContext:
         """As `RunContext.report`: Ray Train gets numbers; the checkpoint itself is our own store's."""
         ray.train.report({**metrics, "checkpoint_step": float(checkpoint_step)})
 
+    def ask_evaluation(self, request: Request) -> None:
+        """As `RunContext.ask_evaluation`: the driver sees to it."""
+        if self._board:
+            self._board.ask(request)
+
+    def evaluated(self) -> list[Result]:
+        """As `RunContext.evaluated`."""
+        return self._board.evaluated() if self._board else []
+
     def close(self) -> None:
         """Sends the last progress, and shows no more numbers."""
         if self._board:
@@ -107,7 +117,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a Ray Train worker."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     assignment: Assignment = loop_config["assignment"]
-    threads = assignment.config.train.threads or _granted_cpus()
+    threads = assignment.config.train.threads or granted_cpus()
     torch.set_num_threads(threads)
     admission = _ask(assignment.board.admit.remote()) or Admission()
     if admission.refusal:
@@ -169,7 +179,7 @@ def _ask(reference: Any) -> Any:
         return None
 
 
-def _granted_cpus() -> int:
-    """CPUs that Ray gave this worker, at least one."""
+def granted_cpus() -> int:
+    """CPUs that Ray gave this process, at least one."""
     granted = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     return max(1, min(int(granted), len(os.sched_getaffinity(0))))

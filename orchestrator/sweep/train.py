@@ -20,7 +20,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from itpn_core.errors import ConfigError, UserError
 from orchestrator.config.identity import result_fields
-from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
+from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part, with_where
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
 from orchestrator.evaluate.subject import flops_of
@@ -68,7 +68,8 @@ def check_train(config: SweepJobConfig) -> None:
 
 def trial_config(config: SweepJobConfig, folder: Folder, trial: Trial) -> PretrainConfig:
     """The run that a trial is: the recipe's with the trial's fields, in a folder of its own."""
-    plain = with_fields(pretrain_part(config), trial.setting.fields)
+    # Rungs are the reports of evaluations, and nothing is free beside trials.
+    plain = with_where(with_fields(pretrain_part(config), trial.setting.fields), "inside")
     return replace(plain, run=replace(plain.run, name=f"trial-{trial.number:04d}", storage=f"{folder.uri}/runs"))
 
 

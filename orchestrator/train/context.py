@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from orchestrator.data.folder import Folder
+from orchestrator.train.results import Request, Result
 
 PREEMPTED = "preempted"
 """A stop reason that begins with it is no person's wish: the run goes on elsewhere."""
@@ -50,6 +51,12 @@ class RunContext(Protocol):
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """Hands numbers and the newest committed checkpoint to the launcher. Collective: every rank calls it."""
 
+    def ask_evaluation(self, request: Request) -> None:
+        """Lets a committed checkpoint be measured beside the training; returns at once. Called on rank 0."""
+
+    def evaluated(self) -> list[Result]:
+        """What came of the evaluations asked for, since the last call; returns at once. Called on rank 0."""
+
 
 class Silent:
     """A `RunContext` that tells nobody anything: for probes and checks, which leave nothing behind.
@@ -87,3 +94,10 @@ class Silent:
 
     def report(self, metrics: dict[str, float], checkpoint_step: int) -> None:
         """Not kept."""
+
+    def ask_evaluation(self, request: Request) -> None:
+        """Nobody measures it."""
+
+    def evaluated(self) -> list[Result]:
+        """Nothing was measured."""
+        return []

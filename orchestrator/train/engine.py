@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,6 +18,7 @@ from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.quarantine import Damage
 from orchestrator.data.views import train_view
+from orchestrator.train.beside import WISH, Beside
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
 from orchestrator.train.context import PREEMPTED, RunContext
@@ -76,6 +78,8 @@ class Engine:
         self.profiler = Profiler(config.profile, run.directory, self.records.trace)
         self._loader: Loader | None = None
         self._evaluated = -1
+        self._apart = config.eval.where == "beside"  # the launcher has resolved "auto"
+        self.beside = None if run.rank else Beside(config, run, self.checkpoints, self.state, self.records)
 
     def __enter__(self) -> Engine:
         self.watchdog.start()
@@ -116,6 +120,9 @@ class Engine:
                 self.monitor.measure_utilisation(task)
         self.watchdog.collective("hosts of the ranks")
         self.records.started(self.state, self.total, self.peak_lr, find_hosts(self.run))
+        saved = snapshot.state if snapshot else {}
+        if self.beside and (self._apart or WISH in saved):
+            self.beside.resume(saved, active=self._apart)
         self.goodput.watch.leave()
 
     @property
@@ -208,6 +215,8 @@ class Engine:
         """
         assert self.window is not None  # noqa: S101 -- window_due() said so
         leads = self.run.rank == 0
+        if self._apart and self.beside:
+            self.beside.look()
         reason = self.run.stop_reason() if leads else ""
         ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
@@ -238,12 +247,18 @@ class Engine:
         """Copies the state to the host and lets a background thread write it: rank 0, or every rank its part."""
         with self.goodput.span("checkpoint"):
             self._merge_quarantined()
+            if self._apart and self.beside:
+                self.beside.look()  # before another commit, which may retire what is to be measured
             if self._all_save or self.run.rank == 0:
                 self.saver.save(self.state.step, self._take)
 
     def _take(self) -> tuple[Snapshot, Callable[[], None]]:
         self.state.ledger = self.goodput.ledger
-        return self.state.snapshot({"steps_per_epoch": self.steps_per_epoch}), self.records.commit()
+        facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch}
+        if self._apart and self.beside:
+            due = self.evaluation_due() and not self.finished()
+            facts |= self.beside.facts(self.state.step, due=due)
+        return self.state.snapshot(facts), self.records.commit()
 
     def _settle(self, *, stopping: bool) -> None:
         """Waits until the state is on storage; ranks that have nothing to add need not wait."""
@@ -288,10 +303,41 @@ class Engine:
         return step == 0 or step >= self.total or (every > 0 and at_epoch and self.epoch % every == 0)
 
     def evaluate(self) -> None:
-        """Measures the averaged (or live) weights on all ranks; records it and reports to the launcher."""
+        """Measures the averaged (or live) weights on all ranks; records it and reports to the launcher.
+
+        Beside the training only the wish is noted and a checkpoint started. At the end of a run no step is left to wait
+        and all ranks have the weights at hand, so the last evaluation is theirs in any case.
+        """
+        if self._apart and not self.finished():
+            self._want_evaluation()
+            return
         self.watchdog.collective(f"features for the evaluation at step {self.state.step}")
         with self.goodput.span("evaluation"), run_eager():
             self._evaluate()
+
+    def _want_evaluation(self) -> None:
+        if self.beside:
+            self.beside.want(self.state.step)
+        self.save()
+        self._evaluated = self.state.step
+
+    def _await_evaluations(self) -> None:
+        """Waits for those beside the training, within the limit; a collective call a second, so that none times out."""
+        agree = follow_leader if self.run.world > 1 else int
+        wait_s, began = self.config.eval.wait_s, time.monotonic()
+        self.watchdog.collective("evaluations beside the training")
+        with self.goodput.span("evaluation"):
+            if self.beside:
+                self.checkpoints.wait()  # the last one that is to be measured may still be on its way
+                self.beside.look()
+            while agree(self.beside.open if self.beside else 0):
+                time.sleep(0.5)
+                if self.beside:
+                    self.beside.look()
+                    if time.monotonic() - began > wait_s:
+                        self.beside.give_up(f"it was not done {wait_s:g} s after the end (eval.wait_s)")
+            if self.beside:
+                self.beside.give_up("no checkpoint was committed for it")
 
     def _evaluate(self) -> None:
         self.run.progress("evaluating", step=self.state.step, total=self.total)
@@ -300,8 +346,12 @@ class Engine:
             metrics = self.kind.evaluate(task, state.step, state.answers)
             if self.run.rank == 0:
                 self.records.figures(self.kind.figures(task, state.step))
-            self.records.evaluation(state, metrics)
-            if state.note_best(metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode):
+            self.records.evaluation(state.step, metrics)
+            if self.beside:
+                self.beside.newest = state.step
+            if state.note_best(
+                metrics, self.config.checkpoint.best_metric, self.config.checkpoint.best_mode, state.step
+            ):
                 self.checkpoints.best = state.step
                 self.records.best(task, state.step)
         self._evaluated = state.step
@@ -317,6 +367,8 @@ class Engine:
 
     def finish(self) -> Outcome:
         """Ends the run: exports the final weights and sums up."""
+        if self._apart:
+            self._await_evaluations()
         self._settle(stopping=False)
         with self.state.averaged() as task:
             self.records.final(task, self.state.step, self.state.best_step)
@@ -336,5 +388,6 @@ class Engine:
             goodput=self.goodput.ledger.describe(),
             restarts=self.goodput.ledger.restarts,
             redone_steps=self.goodput.ledger.redone_steps,
+            beside=self.beside.summary() if self._apart and self.beside else "",
             **self.kind.summary(state.answers),
         )

@@ -25,6 +25,8 @@ class Finetuning:
         manifest: the data.
     """
 
+    colours: Any = None
+
     def __init__(self, config: FinetuneConfig, run: RunContext, manifest: Manifest) -> None:
         self._config = config
         self._run = run

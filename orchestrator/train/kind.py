@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from itpn_core.task import Task
@@ -26,6 +29,9 @@ class Weights(NamedTuple):
 
 class Kind(Protocol[T]):
     """One kind of training, on one rank."""
+
+    colours: Any
+    """What keeps the colours of its pictures the same from one to the next; None before the first."""
 
     def build_task(self) -> T:
         """A fresh task; weights are drawn from torch's default generator."""
@@ -75,3 +81,28 @@ def open_kind(config: JobConfig, run: RunContext, manifest: Manifest) -> Kind[An
     if isinstance(config, FinetuneConfig):
         return Finetuning(config, run, manifest)
     return Pretraining(config, run, manifest)
+
+
+def export_weights(
+    kind: Kind[Any], config: JobConfig, run: RunContext, task: Task, step: int, place: str, evaluation: dict[str, float]
+) -> Path:
+    """Writes what others will want of a task's weights to one file, here and on run storage.
+
+    Args:
+        kind: of the task.
+        config: resolved configuration.
+        run: where to write.
+        task: with the weights.
+        step: optimizer steps done.
+        place: folder in the run, "final" or "best".
+        evaluation: metrics of these weights, for the file's header.
+    """
+    file, kept = kind.weights(task)
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
+    path = run.directory / place / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"model": asdict(config.model), "step": step, "evaluation": evaluation}
+    save_file(tensors, path, metadata={name: json.dumps(value) for name, value in facts.items()})
+    if run.folder.local_path() is None:
+        run.folder.put(f"{place}/{file}", path)
+    return path

@@ -26,3 +26,5 @@ class Outcome:
     redone_steps: int = 0
     mfu: float = 0.0
     """Share of the devices' stated peak; 0 when no peak is known."""
+    beside: str = ""
+    """What evaluations beside the training came to, in one line; "" where there were none."""

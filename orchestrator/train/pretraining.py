@@ -34,6 +34,15 @@ class Pretraining:
         self._evaluator = Evaluator(config, run, manifest)
         self._watched = Watched(config, manifest, run.device)
 
+    @property
+    def colours(self) -> Any:
+        """As `Kind.colours`."""
+        return self._watched.basis
+
+    @colours.setter
+    def colours(self, value: Any) -> None:
+        self._watched.basis = value
+
     def build_task(self) -> PretrainTask:
         """Student, teacher and objective."""
         return build_task(self._config.model, self._config.objective)

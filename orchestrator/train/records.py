@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from itpn_core.task import Task
 from orchestrator.config.load import to_yaml
@@ -27,7 +26,7 @@ from orchestrator.track.redact import secret_values
 from orchestrator.track.system import SystemSampler
 from orchestrator.train.context import RunContext
 from orchestrator.train.hosts import HostLoad, Hosts
-from orchestrator.train.kind import Kind
+from orchestrator.train.kind import Kind, export_weights
 from orchestrator.train.state import TrainState
 
 
@@ -122,11 +121,19 @@ class RunRecords:
                 values |= extra
             self._recorder.metrics(first + offset + 1, values)
 
-    def evaluation(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Records an evaluation at the state's step."""
-        self._evaluation = metrics
+    def evaluation(self, step: int, metrics: dict[str, float], *, newest: bool = True) -> None:
+        """Records an evaluation at the step that it belongs to; the newest one goes with the weights, too."""
+        if newest:
+            self._evaluation = metrics
         if self._recorder is not None:
-            self._recorder.metrics(state.step, metrics)
+            self._recorder.metrics(step, metrics)
+
+    def no_evaluation(self, step: int, state: str, error: str) -> None:
+        """Records that a step has no evaluation, and why; of a traceback the last line is the tag."""
+        if self._recorder is not None:
+            name = f"evaluation-{step:08d}"
+            self._recorder.tags({name: f"{state}: {error.strip().splitlines()[-1] if error.strip() else 'no reason'}"})
+            self._recorder.text(f"{name}.txt", f"{state}\n\n{error}\n", "evaluations")
 
     def commit(self) -> Callable[[], None]:
         """Closes the journal's segment; the returned call copies closed segments to run storage.
@@ -200,20 +207,13 @@ class RunRecords:
             self._register(path, step, self._evaluation, ("candidate",))
 
     def _export(self, task: Task, step: int, place: str) -> Path:
-        file, kept = self._kind.weights(task)
-        tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in kept.items()}
-        path = self._run.directory / place / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"model": asdict(self._config.model), "step": step, "evaluation": self._evaluation}
-        save_file(tensors, path, metadata={name: json.dumps(value) for name, value in facts.items()})
-        if self._run.folder.local_path() is None:
-            self._run.folder.put(f"{place}/{file}", path)
-        return path
+        return export_weights(self._kind, self._config, self._run, task, step, place, self._evaluation)
 
     def _register_best(self, file: str, step: int) -> None:
         path = self._run.directory / "best" / file
         try:
-            if not path.exists():  # an earlier attempt ran on another host
+            # An earlier attempt ran on another host, or another host measured it.
+            if self._run.folder.local_path() is None or not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._run.folder.download(f"best/{file}", path)
         except (FileNotFoundError, StorageError) as error:

@@ -141,10 +141,12 @@ class Saver:
         self.blocked_seconds.append(time.perf_counter() - began)
 
     def _wanted(self, step: int) -> bool:
+        if self._store.last_requested == step and self._store.failure is None:
+            return False  # it is there, or being written
         if self._store.busy:
             self._missed = True
             return False
-        return self._store.last_requested != step or self._store.failure is not None
+        return True
 
     def ended(self) -> UserError | None:
         """Why the run must end: another driver has it, or no save has succeeded for longer than allowed."""

@@ -23,6 +23,22 @@ from orchestrator.train.precision import LossScale
 SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds", "best_step", "best_value")
 
 
+def is_better(value: float, best: float | None, mode: str) -> bool:
+    """Whether a value of `checkpoint.best_metric` beats the best so far."""
+    return best is None or (value > best if mode == "max" else value < best)
+
+
+def check_measured(metrics: dict[str, float], name: str) -> None:
+    """Refuses a `checkpoint.best_metric` that an evaluation does not give.
+
+    Raises:
+        ConfigError: with the names of those that it gives.
+    """
+    if name and name not in metrics:
+        known = ", ".join(sorted(metrics))
+        raise ConfigError("checkpoint.best_metric", name, f"it is not measured by this run; measured are: {known}")
+
+
 class WeightAverage:
     """Exponential moving average of the student's parameters: the weights that are evaluated and exported.
 
@@ -96,21 +112,18 @@ class TrainState:
     ledger: Ledger = field(default_factory=Ledger)
     """Where the time of all ranks and attempts went."""
 
-    def note_best(self, metrics: dict[str, float], name: str, mode: str) -> bool:
-        """Whether this evaluation is the best so far; keeps it if so.
+    def note_best(self, metrics: dict[str, float], name: str, mode: str, step: int) -> bool:
+        """Whether the evaluation of a step is the best so far; keeps it if so.
 
         Raises:
             ConfigError: the metric is not among those that are measured.
         """
         if not name:
             return False
-        if name not in metrics:
-            known = ", ".join(sorted(metrics))
-            raise ConfigError("checkpoint.best_metric", name, f"it is not measured by this run; measured are: {known}")
-        value, best = metrics[name], self.best_value
-        if best is not None and (value <= best if mode == "max" else value >= best):
+        check_measured(metrics, name)
+        if not is_better(metrics[name], self.best_value, mode):
             return False
-        self.best_step, self.best_value = self.step, value
+        self.best_step, self.best_value = step, metrics[name]
         return True
 
     def snapshot(self, extra: dict[str, Any]) -> Snapshot:

@@ -24,6 +24,7 @@ from orchestrator.train import hangs
 from orchestrator.train.config import GuardConfig
 from orchestrator.train.context import RunContext
 from orchestrator.train.ledger import Stopwatch
+from orchestrator.train.outside import LOOK_S, here
 
 EXIT_HUNG = 75
 GRACE_S = 5.0
@@ -69,6 +70,7 @@ class Watchdog:
         self._watch = watch
         self._end = end
         self._incident = "starting"
+        self._places = [here()]
         self._durations: deque[float] = deque(maxlen=101)
         self._stepped_at = 0.0
         self._trainer = 0
@@ -87,6 +89,9 @@ class Watchdog:
         if self._run.world > 1:
             self.collective("name of this start")
             dist.broadcast_object_list(name)
+            places = [here()] * self._run.world
+            dist.all_gather_object(places, here())
+            self._places = places
         self._incident = name[0]
         if self._run.rank == 0:
             for text in hangs.untold(self._run.folder):
@@ -142,16 +147,20 @@ class Watchdog:
             collective=self.position.collective, collectives=self.position.collectives, thread=self._trainer,
             stacks=_stacks(),
         )  # fmt: skip
+        folder, incident, world = self._run.folder, self._incident, self._run.world
+        grace = time.monotonic() + GRACE_S
         try:
-            hangs.write(self._run.folder, self._incident, report)
+            hangs.write(folder, incident, report)
+            hangs.wait_for_all(folder, incident, world, grace)
+            if len(self._places) == world:  # else the group hangs before it knew its places
+                hangs.write_for_silent(folder, incident, self._places, self._run.rank)
+            hangs.wait_for_all(folder, incident, world, grace + LOOK_S)
             if self._run.rank == 0:
-                hangs.wait_for_all(self._run.folder, self._incident, self._run.world, GRACE_S)
-                text = hangs.tell(self._run.folder, self._incident)
-                self._run.note(text)
+                self._run.note(hangs.tell(folder, incident))
                 time.sleep(TELL_S)  # a thread of the launcher carries it to the driver
-                hangs.mark_told(self._run.folder, self._incident)
+                hangs.mark_told(folder, incident)
             else:
-                time.sleep(GRACE_S + TELL_S)  # the first dead rank ends all; rank 0 has something to say before
+                time.sleep(2 * TELL_S)  # the first dead rank ends all; rank 0 has something to say before
         except StorageError as error:
             self._run.note(f"a rank hangs and storage does not take its stacks ({error})\n{report.stacks}")
         finally:
