@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from orchestrator.data.folder import Folder
 from orchestrator.sweep.front import Objective
 from orchestrator.sweep.journal import TrialJournal
+from orchestrator.sweep.known import FINISHED
 from orchestrator.sweep.queue import FACTOR, Queue, Standing, expected_end, resting_rungs, turn
 from orchestrator.sweep.read_space import parse_space
-from orchestrator.sweep.sampler import FINISHED, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 from orchestrator.sweep.state import SweepState, measured, run_trial
 
 GOALS = (Objective("accuracy"), Objective("gflops", "down"))
