@@ -206,7 +206,10 @@ class CurveSampler:
         seed = int(name_key(self._seed, self._known.next, "sweep/candidates"))
         drawn = [self._space.draw(seed, index) for index in range(DRAWN)]
         held = self._held()
-        good = [held[i] for i in front(forecasts.ends(encode(self._space, held))[0])] if held else drawn[:1]
+        good = drawn[:1]
+        if held:
+            mean, _ = forecasts.ends(encode(self._space, held))
+            good = [held[index] for index in front(mean[:, : len(self._objectives)])]
         found = dict.fromkeys([*drawn, *_around(self._space, good, drawn)])
         settings = [setting for setting in found if setting not in self._known.settings]
         return settings, encode(self._space, settings)
