@@ -179,9 +179,7 @@ def test_tpe_learns_the_front_better_than_chance():
 
 
 def test_wrong_words_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"sweep.sampler = 'tpa': must be one of curves, tpe, nsga2, gp"
-    ):
+    with pytest.raises(ConfigError, match=r"sweep.sampler = 'tpa': must be one of curves, tpe, nsga2, gp"):
         make_sampler("tpa", SMALL, OBJECTIVES)
     with pytest.raises(ConfigError, match=r"sweep.limits = 'speed > 3': must read"):
         parse_limits(["speed > 3"], ["speed"])
