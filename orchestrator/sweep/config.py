@@ -49,7 +49,11 @@ class SweepConfig:
         default=(), metadata={"help": "what a trial must keep to count: 'speedup >= 1.2', 'accuracy_loss <= 0.02'"}
     )
     sampler: str = field(
-        default="tpe", metadata={"help": "tpe | nsga2 | gp | random | grid", "choices": "tpe,nsga2,gp,random,grid"}
+        default="curves",
+        metadata={
+            "help": "curves (a model of all learning curves) | tpe | nsga2 | gp | random | grid",
+            "choices": "curves,tpe,nsga2,gp,random,grid",
+        },
     )
     trials: int = field(default=32, metadata={"affects_result": False, "help": "settings that are tried in all"})
     budget: float = field(

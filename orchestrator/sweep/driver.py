@@ -22,10 +22,10 @@ from orchestrator.sweep import page, plot, tables
 from orchestrator.sweep.config import TRAIN
 from orchestrator.sweep.importance import importances
 from orchestrator.sweep.journal import End
+from orchestrator.sweep.known import FINISHED, Trial
 from orchestrator.sweep.measure import BASELINE
 from orchestrator.sweep.records import SweepRecords
 from orchestrator.sweep.results import Results, build
-from orchestrator.sweep.sampler import FINISHED, Trial
 from orchestrator.sweep.state import SweepState
 from orchestrator.sweep.tables import UNITS
 from orchestrator.track.environment import driver_facts

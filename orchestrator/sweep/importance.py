@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import create_trial
 
-from orchestrator.sweep.sampler import Trial
+from orchestrator.sweep.known import Trial
 
 LEAST = 8
 _ABSENT = "absent"

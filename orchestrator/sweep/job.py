@@ -28,6 +28,7 @@ from orchestrator.sweep.config import BOTH, MEASURE, MEASURED, TRAIN
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import TrialJournal
+from orchestrator.sweep.known import Sampler, Trial
 from orchestrator.sweep.legal import config_check
 from orchestrator.sweep.limits import parse_limits
 from orchestrator.sweep.measure import measure_setting
@@ -36,7 +37,7 @@ from orchestrator.sweep.pruning import queue_order
 from orchestrator.sweep.queue import Queue, resting_rungs
 from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.results import Results
-from orchestrator.sweep.sampler import Sampler, Trial, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 from orchestrator.sweep.shell import MeasureFn, Work, place, place_training, run_sweep
 from orchestrator.sweep.space import Setting, Space
 from orchestrator.sweep.state import SweepState

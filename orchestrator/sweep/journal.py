@@ -21,7 +21,7 @@ from typing import Any
 
 from itpn_core.errors import UserError
 from orchestrator.data.folder import Folder
-from orchestrator.sweep.sampler import FINISHED, RUNNING, Trial
+from orchestrator.sweep.known import FINISHED, RUNNING, Trial
 from orchestrator.sweep.space import Space
 
 TRIALS = "trials"

@@ -34,8 +34,8 @@ from orchestrator.evaluate.quality import KNN, LINEAR, Labelled, Protocol, Score
 from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Cost, Subject
 from orchestrator.evaluate.subject import Setting as Reduction
 from orchestrator.sweep.journal import End
+from orchestrator.sweep.known import FINISHED, Trial
 from orchestrator.sweep.legal import with_fields
-from orchestrator.sweep.sampler import FINISHED, Trial
 from orchestrator.sweep.state import OutOfMemory, measured
 
 BASELINE = "baseline.json"

@@ -2,8 +2,8 @@
 
 A trial stops only when even an optimistic guess of its end is beaten: its value at this rung plus the 95th percentile
 of what finished trials gained from this rung to their end, objective by objective, is dominated by the front of
-finished trials. Nothing stops before `MIN_FINISHED` trials have finished. Ranks never stop a trial; they order the
-queue.
+finished trials, and by a second finished trial as well: one may owe its place to luck in measuring. Nothing stops
+before `MIN_FINISHED` trials have finished. Ranks never stop a trial; they order the queue.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orchestrator.sweep.front import Gains, crowding, dominated, front, ranks
+from orchestrator.sweep.front import Gains, crowding, dominates, ranks
 
 MIN_FINISHED = 8
 PERCENTILE = 95.0
+WITNESSES = 2
+"""So many finished trials must dominate a bound."""
 
 
 def optimistic_bound(value_M: Gains, rung: int, finished: Sequence[Gains]) -> Gains | None:
@@ -34,12 +36,11 @@ def optimistic_bound(value_M: Gains, rung: int, finished: Sequence[Gains]) -> Ga
 
 
 def should_stop(value_M: Gains, rung: int, finished: Sequence[Gains]) -> bool:
-    """Whether the optimistic bound is dominated by the front of the finished trials; see `optimistic_bound`."""
+    """Whether the optimistic bound is dominated by `WITNESSES` finished trials (hence by the front of all)."""
     bound_M = optimistic_bound(value_M, rung, finished)
     if bound_M is None:
         return False
-    ends = np.stack([curve[-1] for curve in finished])
-    return bool(dominated(bound_M[None], ends[front(ends)])[0])
+    return sum(dominates(curve[-1], bound_M) for curve in finished) >= WITNESSES
 
 
 def queue_order(values_NM: Gains) -> list[int]:

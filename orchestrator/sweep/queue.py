@@ -1,9 +1,10 @@
-"""Which training trial gets the next piece of work: trials rest at some rungs, and the best-ranked ones go on first.
+"""Which training trial gets the next piece of work: trials rest at some rungs, and the best ones go on first.
 
-Successive halving that throws nothing away: of all trials that have come to a resting rung, one in `FACTOR` goes on at
+With the sampler "curves" its model says which (`curve_sampler.py`). With any other one this is successive halving that
+throws nothing away: of all trials that have come to a resting rung, one in `FACTOR` goes on at
 once: the best by non-dominated rank and, within a rank, by how much it would add to the hypervolume. The others wait
-while new settings are tried, and go on later. Ranks only order this queue; what stops a trial for good is the bound of
-`pruning.py`.
+while new settings are tried, and go on later. Either way only the order is decided here; what stops a trial for good is
+the bound of `pruning.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from orchestrator.sweep.curve_sampler import Curve, CurveSampler
 from orchestrator.sweep.front import Gains, Objective, gains, hypervolume, ranks
+from orchestrator.sweep.known import Sampler
 
 PARTS = (1 / 8,)
 FACTOR = 3
-Curve = Sequence[Mapping[str, float]]
-"""What a trial in training measured, rung by rung."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,27 @@ class Queue:
 
     def spent(self, curves: Mapping[int, Curve]) -> bool:
         """Whether the budget is used up."""
-        return 0 < self.budget <= sum(len(curve) for curve in curves.values()) / self.length
+        return self.left(curves) <= 0
+
+    def left(self, curves: Mapping[int, Curve]) -> float:
+        """Rungs that the budget still pays for."""
+        return self.budget * self.length - sum(len(curve) for curve in curves.values()) if self.budget else math.inf
 
     def turn(
-        self, curves: Mapping[int, Curve], resting: Collection[int], ended: Collection[int], more: bool
-    ) -> int | None:
-        """See the function `turn`; curves by trial number, numbers of the trials that rest and of those that ended."""
+        self, curves: Mapping[int, Curve], resting: Collection[int], ended: Collection[int], more: bool,
+        sampler: Sampler,
+    ) -> int | None:  # fmt: skip
+        """Number of the resting trial that goes on now; None when a new setting shall be tried (or nothing is left).
+
+        Args:
+            curves: by trial number.
+            resting: trials that could go on.
+            ended: trials that have finished or were stopped.
+            more: whether new settings may still be tried.
+            sampler: of the sweep; one that has a model of the curves orders the queue, ranks do otherwise.
+        """
+        if isinstance(sampler, CurveSampler):
+            return sampler.turn(curves, resting, self.length, more, self.left(curves))
         standings = [
             Standing(number, gains(curve, self.goals), number in resting, number in ended)
             for number, curve in sorted(curves.items())

@@ -12,8 +12,8 @@ from typing import Any
 from orchestrator.config.load import to_yaml
 from orchestrator.config.tree import SweepJobConfig
 from orchestrator.sweep.journal import End, trial_uid
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE, PRUNED, Trial
 from orchestrator.sweep.results import Results
-from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, PRUNED, Trial
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import secret_values
 from orchestrator.track.sync import sync

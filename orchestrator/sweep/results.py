@@ -13,8 +13,8 @@ import numpy as np
 from orchestrator.sweep.config import MEASURED, TRAIN, SweepConfig
 from orchestrator.sweep.front import Gains, best, best_within, distinct, front, gains, hypervolume, knee
 from orchestrator.sweep.journal import End, by_time, finished
+from orchestrator.sweep.known import Trial
 from orchestrator.sweep.limits import parse_limits
-from orchestrator.sweep.sampler import Trial
 
 BASELINE = -1
 """Number of the unreduced model's point."""

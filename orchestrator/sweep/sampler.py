@@ -13,56 +13,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.trial import TrialState, create_trial
 
 from itpn_core.errors import ConfigError
 from itpn_core.random import name_key
+from orchestrator.sweep.curve_sampler import CurveSampler
 from orchestrator.sweep.front import UP, Objective
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE, PRUNED, RUNNING, Known, Sampler, Trial
 from orchestrator.sweep.limits import Limit
 from orchestrator.sweep.optuna_words import distribution, optuna_sampler, suggested
 from orchestrator.sweep.parameter import CATEGORICAL, Value
 from orchestrator.sweep.space import Setting, Space
 
-RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE = "running", "finished", "pruned", "failed", "infeasible"
-STATES = (RUNNING, FINISHED, PRUNED, FAILED, INFEASIBLE)
-KINDS = ("tpe", "nsga2", "gp", "random", "grid")
+KINDS = ("curves", "tpe", "nsga2", "gp", "random", "grid")
 STARTUP = 16
 _REPEATS = 20
-_FALLBACKS = 200
 _INACTIVE = "inactive"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One trial as the journal keeps it.
-
-    Attributes:
-        number: 0-based, in the order of asking.
-        setting: what is tried.
-        state: one of `STATES`; "infeasible" ran out of memory, "failed" is excluded from everything.
-        values: measured values by name: the objectives and whatever limits name; may be empty unless finished.
-        memo: the sampler's own notes, JSON values; needed to rebuild it exactly.
-    """
-
-    number: int
-    setting: Setting
-    state: str = RUNNING
-    values: Mapping[str, float] = field(default_factory=dict)
-    memo: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Sampler(Protocol):
-    """What the driver needs of a search."""
-
-    def ask(self) -> Trial | None:
-        """A new running trial, or None when every setting of the space is known."""
-
-    def tell(self, number: int, state: str, values: Mapping[str, float] | None = None) -> None:
-        """How a running trial ended."""
 
 
 def make_sampler(
@@ -79,7 +48,7 @@ def make_sampler(
     """A search over a space.
 
     Args:
-        kind: "tpe" | "nsga2" | "gp" | "random" | "grid".
+        kind: one of `KINDS`.
         space: what may be tried; no setting is proposed twice.
         objectives: at least one.
         limits: what makes a measured setting infeasible.
@@ -94,63 +63,18 @@ def make_sampler(
     known = sorted(trials, key=lambda trial: trial.number)
     if kind in ("random", "grid"):
         return _PlainSampler(kind, space, seed, known, levels)
+    if kind == "curves":
+        return CurveSampler(space, objectives, limits, seed, known, startup)
     if kind not in KINDS:
         raise ConfigError("sweep.sampler", kind, "must be one of " + ", ".join(KINDS))
     return _ModelSampler(kind, space, objectives, limits, seed, known, startup)
-
-
-class _Known:
-    """Trials so far: numbers, states and settings that may not come again."""
-
-    def __init__(self, space: Space, seed: int, trials: Sequence[Trial]) -> None:
-        self.space, self.seed = space, seed
-        self.next = max((trial.number for trial in trials), default=-1) + 1
-        self.settings = {trial.setting for trial in trials}
-        self.running = {trial.number for trial in trials if trial.state == RUNNING}
-        self._least = 0
-
-    def check_end(self, number: int, state: str) -> None:
-        if number not in self.running:
-            raise ValueError(f"trial {number} is not running, so it cannot end as {state}")
-        if state not in STATES or state == RUNNING:
-            raise ValueError(f"a trial ends as one of {', '.join(STATES[1:])}, not {state!r}")
-        self.running.remove(number)
-
-    def start(self, setting: Setting, memo: Mapping[str, Any]) -> Trial:
-        trial = Trial(self.next, setting, memo=memo)
-        self.running.add(trial.number)
-        self.settings.add(setting)
-        self.next += 1
-        return trial
-
-    def random(self) -> Setting | None:
-        """An unseen random setting; None when there is none left."""
-        for attempt in range(_FALLBACKS):
-            setting = self.space.draw(self.seed, self.next * _FALLBACKS + attempt)
-            if setting not in self.settings:
-                return setting
-        # luck has run out: either few are left, or none
-        return None if self.space.continuous else self.first(1)
-
-    def first(self, levels: int) -> Setting | None:
-        """The first unseen setting of the grid."""
-        return next((setting for setting in self.space.grid(levels) if setting not in self.settings), None)
-
-    def exhausted(self) -> bool:
-        """Whether a countable space has been tried in full."""
-        if self.space.continuous:
-            return False
-        if len(self.settings) >= self._least:
-            # Counted only as far as needed: a space of thousands of settings takes seconds.
-            self._least = self.space.size(2 * len(self.settings) + 1) or 0
-        return len(self.settings) >= self._least
 
 
 class _PlainSampler:
     """Random search and grid search: no model, nothing to learn."""
 
     def __init__(self, kind: str, space: Space, seed: int, trials: Sequence[Trial], levels: int) -> None:
-        self._known, self._grid, self._levels = _Known(space, seed, trials), kind == "grid", levels
+        self._known, self._grid, self._levels = Known(space, seed, trials), kind == "grid", levels
 
     def ask(self) -> Trial | None:
         """See `Sampler`."""
@@ -177,7 +101,7 @@ class _ModelSampler:
     ) -> None:
         self._kind, self._space, self._seed, self._startup = kind, space, seed, startup
         self._objectives, self._limits = tuple(objectives), tuple(limits)
-        self._known = _Known(space, seed, trials)
+        self._known = Known(space, seed, trials)
         self._distributions = {parameter.name: distribution(parameter) for parameter in space.parameters}
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions = ["maximize" if objective.direction == UP else "minimize" for objective in objectives]

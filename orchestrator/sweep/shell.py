@@ -29,8 +29,8 @@ from orchestrator.config.tree import SweepJobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.known import Trial
 from orchestrator.sweep.read_space import parse_space
-from orchestrator.sweep.sampler import Trial
 from orchestrator.sweep.state import OutOfMemory, SweepState, TimedOut, run_trial
 
 TRIAL_CPUS = 0.01

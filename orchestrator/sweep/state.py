@@ -8,8 +8,8 @@ from typing import Any
 
 from itpn_core.errors import UserError
 from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.known import FAILED, INFEASIBLE, RUNNING, Sampler, Trial
 from orchestrator.sweep.queue import Queue, resting_rungs
-from orchestrator.sweep.sampler import FAILED, INFEASIBLE, RUNNING, Sampler, Trial
 from orchestrator.sweep.space import Space
 
 Measure = Callable[[Trial], End | None]
@@ -69,7 +69,7 @@ class SweepState:
         if self._spent:
             return None
         more = len(self.trials) < self.budget and not self._exhausted
-        number = self._queue.turn(self._curves, self._resting, self.ends, more) if self._queue else None
+        number = self._turn(more)
         if number is not None:
             self._resting.remove(number)
             return self.trials[number]
@@ -77,6 +77,11 @@ class SweepState:
             return None
         # With nothing new left, those that rest have their turn.
         return self._ask() or self.next()
+
+    def _turn(self, more: bool) -> int | None:
+        if self._queue is None:
+            return None
+        return self._queue.turn(self._curves, self._resting, self.ends, more, self._sampler)
 
     def _ask(self) -> Trial | None:
         trial = self._sampler.ask()

@@ -12,9 +12,9 @@ from typing import Any
 from orchestrator.config.load import to_recipe
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part
 from orchestrator.sweep.journal import End
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE, PRUNED
 from orchestrator.sweep.legal import with_fields
 from orchestrator.sweep.results import BASELINE, Point, Results, interval
-from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, PRUNED
 
 UNITS = {
     "accuracy": ("accuracy %", 100.0),

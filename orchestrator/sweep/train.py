@@ -33,10 +33,10 @@ from orchestrator.launch.trainer import make_trainer
 from orchestrator.sweep.config import SweepConfig
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.journal import End, TrialJournal, trial_uid
+from orchestrator.sweep.known import FINISHED, PRUNED, Trial
 from orchestrator.sweep.legal import with_fields
 from orchestrator.sweep.pruning import should_stop
 from orchestrator.sweep.queue import resting_rungs
-from orchestrator.sweep.sampler import FINISHED, PRUNED, Trial
 from orchestrator.sweep.state import OutOfMemory, measured
 
 OBJECTIVES = ("accuracy", "gflops")
@@ -44,7 +44,7 @@ TOP1 = "eval/knn_top1"
 SHARE = 0.95
 """Of the CPUs that a worker asks for: what is left lets the waiting trials fit on the same node."""
 BEATEN = "pruned: its optimistic bound is dominated by the front"
-RESTS = "rests: others that rank higher go on first"
+RESTS = "rests: others go on first"
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 

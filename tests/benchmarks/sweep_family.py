@@ -8,7 +8,7 @@ where a, c and p are smooth functions of the setting, drawn by the seed: every t
 how much is the seed's choice, and so are the slower waves on top. Learning curves cross. A seed's functions are drawn
 anew until the rank correlation between accuracy after the first epoch (with its noise) and at the end (without) lies in
 `FIDELITY`. Speed is what the product's own FLOP count says, measured once per trial with an error of up to 2 %.
-Search may be tuned on `DEV_SEEDS`; `FINAL_SEEDS` are for the final measurement.
+Search may be tuned on `DEV_SEEDS` and `EARLIER_SEEDS`; `FINAL_SEEDS` are for the final measurement.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from orchestrator.sweep.legal import config_check, with_fields
 from orchestrator.sweep.pretrainable import pretrainable
 from orchestrator.sweep.read_space import parse_space
 
-DEV_SEEDS = range(10)
-FINAL_SEEDS = range(1000, 1020)
+DEV_SEEDS = range(40)
+EARLIER_SEEDS = range(1000, 1020)
+"""Were the final ones of an earlier search, and are known since."""
+FINAL_SEEDS = range(2000, 2020)
 EPOCHS = 16
 """Length of a complete training, evaluated after every epoch."""
 TRIALS = 64

@@ -1,7 +1,7 @@
 """What pruning and queueing save: made-up training sweeps with a known truth, driven by the product's search code.
 
-    python tests/benchmarks/sweep_surrogate.py                # development seeds
-    python tests/benchmarks/sweep_surrogate.py --final        # the final measurement: seeds that nothing was tuned on
+    python tests/benchmarks/sweep_surrogate.py                  # development seeds
+    python tests/benchmarks/sweep_surrogate.py --seeds final    # the final measurement: nothing was tuned on them
 
 The made-up sweeps are in sweep_family.py. A budget counts epochs of training; the full one pays for 64 complete
 trainings. Trials run one after the other. The gap is the part of the true front's hypervolume (noise-free, above its
@@ -20,12 +20,15 @@ from pathlib import Path
 import sweep_family as family
 
 from orchestrator.sweep.front import gains
+from orchestrator.sweep.known import FINISHED, PRUNED
 from orchestrator.sweep.pruning import should_stop
 from orchestrator.sweep.queue import Queue, resting_rungs
-from orchestrator.sweep.sampler import FINISHED, PRUNED, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 
 SHARE = 0.4
 STARTUP = 12
+SAMPLERS = ("random", "tpe", "curves")
+SEEDS = {"dev": family.DEV_SEEDS, "earlier": family.EARLIER_SEEDS, "final": family.FINAL_SEEDS}
 
 
 class Simulation:
@@ -41,7 +44,7 @@ class Simulation:
 
     def __init__(self, problem, space, kind, pruned, seed):
         self.problem, self.pruned, self.spent = problem, pruned, 0
-        self.queue = Queue(family.GOALS, family.EPOCHS)
+        self.queue = Queue(family.GOALS, family.EPOCHS, SHARE * family.TRIALS)
         self.sampler = make_sampler(kind, space, family.GOALS, seed=seed, startup=STARTUP)
         self.trials, self.curves, self.resting, self.ended = {}, {}, set(), {}
 
@@ -61,15 +64,18 @@ class Simulation:
             self.sampler.tell(number, state, values)
 
     def _next(self):
-        number = self.queue.turn(self.curves, self.resting, self.ended, more=True) if self.pruned else None
+        number = self._turn(more=True) if self.pruned else None
         if number is None:
             trial = self.sampler.ask()
             if trial is None:
-                return self.queue.turn(self.curves, self.resting, self.ended, more=False)
+                return self._turn(more=False)
             number = trial.number
             self.trials[number], self.curves[number] = trial, []
         self.resting.discard(number)
         return number
+
+    def _turn(self, more):
+        return self.queue.turn(self.curves, self.resting, self.ended, more, self.sampler)
 
     def _train(self, number):
         """Trains a trial until it is stopped or has finished; None when it rests."""
@@ -102,21 +108,20 @@ class Simulation:
         return self.problem.gap([self.trials[n].setting for n in finished])
 
 
-def arms(sampler):
-    """Name -> (sampler, pruned, shares of the full budget at which it is looked at)."""
-    return {
-        "random": ("random", False, (SHARE, 1.0)),
-        sampler: (sampler, False, (SHARE, 1.0)),
-        "random pruned": ("random", True, (SHARE,)),
-        f"{sampler} pruned": (sampler, True, (SHARE,)),
-    }
+# name -> (sampler, pruned, shares of the full budget at which it is looked at)
+ARMS = {
+    **{kind: (kind, False, (SHARE, 1.0)) for kind in SAMPLERS},
+    **{f"{kind} pruned": (kind, True, (SHARE,)) for kind in SAMPLERS},
+}
 
 
-def measure(seed, settings, speed, space, sampler):
+def measure(seed, settings, speed, space, kinds):
     """All arms on one seed."""
     problem, full = family.Problem(seed, settings, speed), family.TRIALS * family.EPOCHS
     found = {}
-    for name, (kind, pruned, shares) in arms(sampler).items():
+    for name, (kind, pruned, shares) in ARMS.items():
+        if kind not in kinds:
+            continue
         simulation = Simulation(problem, space, kind, pruned, seed)
         found[name] = {}
         for share in shares:
@@ -136,7 +141,9 @@ def report(results, sampler):
     """Prints every arm: the median of the gap, and per seed how many trials ended how; then whether goals are met."""
     gap = {}
     print(f"{'arm':14} budget  gap   asked finished pruned  of the true front: finished pruned")
-    for arm, (_, _, shares) in arms(sampler).items():
+    for arm, (_, _, shares) in ARMS.items():
+        if arm not in results[0]["arms"]:
+            continue
         for share in shares:
             rows = [result["arms"][arm][str(share)] for result in results]
             gap[arm, share] = statistics.median(row["gap"] for row in rows)
@@ -159,9 +166,10 @@ def report(results, sampler):
 def main():
     """Runs the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--final", action="store_true", help="the final seeds, on which nothing may be tuned")
-    parser.add_argument("--sampler", default="tpe", choices=("tpe", "nsga2", "random"))
-    parser.add_argument("--seeds", type=int, default=0, help="only the first ones")
+    parser.add_argument("--seeds", default="dev", choices=SEEDS, help="final: nothing may be tuned on them")
+    parser.add_argument("--first", type=int, default=0, help="only so many of them")
+    parser.add_argument("--sampler", default="curves", choices=SAMPLERS[1:], help="whose goals are judged")
+    parser.add_argument("--kinds", nargs="+", default=SAMPLERS, choices=SAMPLERS, help="only these arms")
     parser.add_argument("--json", type=Path, help="file for all results")
     asked = parser.parse_args()
     space, begun = family.real_space(), time.monotonic()
@@ -174,9 +182,9 @@ def main():
     known = set(settings)
     # each of them was checked by the line above; asking again for every proposal takes most of the time
     space = replace(space, check=lambda setting: "" if setting in known else "not legal")
-    seeds, results = family.FINAL_SEEDS if asked.final else family.DEV_SEEDS, []
-    for seed in seeds[: asked.seeds] if asked.seeds else seeds:
-        results.append(measure(seed, settings, speed, space, asked.sampler))
+    seeds, results = SEEDS[asked.seeds], []
+    for seed in seeds[: asked.first] if asked.first else seeds:
+        results.append(measure(seed, settings, speed, space, asked.kinds))
         line = {arm: round(found[str(SHARE)]["gap"], 4) for arm, found in results[-1]["arms"].items()}
         print(f"seed {seed} ({time.monotonic() - begun:.0f} s): gaps at {SHARE:.0%}: {line}", flush=True)
     report(results, asked.sampler)

@@ -21,6 +21,7 @@ from orchestrator.launch.lease import Lease
 from orchestrator.launch.record import open_record
 from orchestrator.sweep.config import MEASURED
 from orchestrator.sweep.job import open_space, sweep
+from orchestrator.sweep.known import FINISHED, Trial
 from orchestrator.sweep.measure import (
     BASELINE,
     bench_for,
@@ -30,7 +31,6 @@ from orchestrator.sweep.measure import (
     pack,
     unpack,
 )
-from orchestrator.sweep.sampler import FINISHED, Trial
 from orchestrator.sweep.shell import TRIAL_CPUS, place, place_training
 from orchestrator.sweep.state import OutOfMemory
 from orchestrator.sweep.train import SHARE

@@ -20,7 +20,7 @@ def test_nothing_stops_before_eight_have_finished(finished):
 
 @settings(deadline=None)
 @given(st.integers(MIN_FINISHED, 30).flatmap(curves), st.integers(0, 2), st.integers(0, 20), st.integers(0, 20))
-def test_a_trial_stops_exactly_when_its_bound_is_dominated(finished, rung, x, y):
+def test_a_trial_stops_exactly_when_two_finished_ones_dominate_its_bound(finished, rung, x, y):
     value = np.array([float(x), float(y)])
     bound = []
     for column in range(2):
@@ -29,8 +29,11 @@ def test_a_trial_stops_exactly_when_its_bound_is_dominated(finished, rung, x, y)
         bound.append(value[column] + grown[math.ceil(0.95 * (len(grown) - 1))])
     assert optimistic_bound(value, rung, list(finished)).tolist() == bound
     ends = [curve[-1] for curve in finished]
-    expected = any(dominates(end, np.array(bound)) for end in ends)
+    expected = sum(dominates(end, np.array(bound)) for end in ends) >= 2
     assert should_stop(value, rung, list(finished)) == expected
+    if expected:
+        # then some front trial does too: what is not on the front is dominated by one that is
+        assert any(dominates(ends[index], np.array(bound)) for index in front(np.stack(ends)))
 
 
 @given(curves(9))

@@ -4,15 +4,17 @@ import functools
 import time
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.data.folder import Folder
 from orchestrator.sweep.front import Objective
 from orchestrator.sweep.journal import TrialJournal
+from orchestrator.sweep.known import FINISHED
 from orchestrator.sweep.queue import FACTOR, Queue, Standing, expected_end, resting_rungs, turn
 from orchestrator.sweep.read_space import parse_space
-from orchestrator.sweep.sampler import FINISHED, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 from orchestrator.sweep.state import SweepState, measured, run_trial
 
 GOALS = (Objective("accuracy"), Objective("gflops", "down"))
@@ -69,8 +71,8 @@ def test_a_resting_trial_is_expected_to_gain_what_others_did():
     assert expected_end(np.array([[0.1, -2.0]]), []).tolist() == [0.1, -2.0]
 
 
-def open_state(root, *, trials=30, budget=0.0):
-    make = functools.partial(make_sampler, "random", SPACE, GOALS, seed=1)
+def open_state(root, *, trials=30, budget=0.0, kind="random"):
+    make = functools.partial(make_sampler, kind, SPACE, GOALS, seed=1, startup=4)
     return SweepState(
         TrialJournal(Folder(str(root))), SPACE, lambda known: make(trials=known), trials, 0,
         Queue(GOALS, LENGTH, budget),
@@ -98,18 +100,19 @@ def drive(state, pieces=10**6):
     return turns
 
 
-def test_every_trial_ends_and_a_restart_goes_on_as_the_whole_sweep(tmp_path):
-    whole = open_state(tmp_path / "whole")
+@pytest.mark.parametrize(("kind", "trials"), [("random", 30), ("curves", 12)])
+def test_every_trial_ends_and_a_restart_goes_on_as_the_whole_sweep(tmp_path, kind, trials):
+    whole = open_state(tmp_path / "whole", kind=kind, trials=trials)
     turns = drive(whole)
-    assert sorted(set(turns)) == list(range(30))
-    assert len(whole.ends) == 30
+    assert sorted(set(turns)) == list(range(trials))
+    assert len(whole.ends) == trials
     assert whole.left == 0
     pieces, killed = [], tmp_path / "killed"
     while len(pieces) < len(turns):
         # every seven pieces another driver, which knows what the journal says
-        pieces += drive(open_state(killed), 7)
+        pieces += drive(open_state(killed, kind=kind, trials=trials), 7)
     assert pieces == turns
-    assert {n: end.values for n, end in open_state(killed).ends.items()} == {
+    assert {n: end.values for n, end in open_state(killed, kind=kind, trials=trials).ends.items()} == {
         n: end.values for n, end in whole.ends.items()
     }
 

@@ -19,9 +19,9 @@ from orchestrator.sweep import page, plot, tables
 from orchestrator.sweep.driver import distinct_line
 from orchestrator.sweep.importance import importances
 from orchestrator.sweep.journal import End
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE, Trial
 from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.results import BASELINE, build
-from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, Trial
 
 SPACE = parse_space(
     {"model.migration.layers[0]": {"choices": [1]}, "model.migration.keep[0]": {"low": 0.5, "high": 1.0}}

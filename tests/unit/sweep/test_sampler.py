@@ -7,9 +7,10 @@ import yaml
 
 from itpn_core.errors import ConfigError
 from orchestrator.sweep.front import Objective
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE, PRUNED, RUNNING, Trial
 from orchestrator.sweep.limits import Limit, parse_limits
 from orchestrator.sweep.read_space import parse_space
-from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, PRUNED, RUNNING, Trial, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 
 MODELS = ("tpe", "nsga2", "gp")
 OBJECTIVES = (Objective("accuracy"), Objective("memory", "down"))
@@ -47,7 +48,7 @@ def run(sampler, count, ends=None):
     return journal
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "random"])
+@pytest.mark.parametrize("kind", [*MODELS, "curves", "random"])
 def test_proposals_are_legal_new_and_repeatable(kind):
     # a Gaussian process takes a second per question
     count = 6 if kind == "gp" else 14
@@ -61,7 +62,7 @@ def test_proposals_are_legal_new_and_repeatable(kind):
     assert first != other
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "random"])
+@pytest.mark.parametrize("kind", [*MODELS, "curves", "random"])
 def test_a_rebuilt_search_goes_on_as_the_killed_one_would_have(kind):
     ends = {1: FAILED, 3: PRUNED, 5: INFEASIBLE}
     whole = make_sampler(kind, SPACE, OBJECTIVES, seed=1, startup=5)
@@ -76,7 +77,7 @@ def test_a_rebuilt_search_goes_on_as_the_killed_one_would_have(kind):
         assert run(rebuilt, 3) == run(whole, 3)
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random"])
+@pytest.mark.parametrize("kind", ["tpe", "curves", "random"])
 def test_trials_that_were_running_keep_their_number_and_can_still_end(kind):
     whole = make_sampler(kind, SPACE, OBJECTIVES, seed=1, startup=4)
     journal = run(whole, 8)
@@ -131,7 +132,7 @@ def test_tpe_with_a_limit_goes_where_it_is_kept():
     assert kept[1] > kept[0]
 
 
-@pytest.mark.parametrize("kind", [*MODELS, "random", "grid"])
+@pytest.mark.parametrize("kind", [*MODELS, "curves", "random", "grid"])
 def test_a_small_space_is_tried_in_full_and_nothing_twice(kind):
     sampler = make_sampler(kind, SMALL, OBJECTIVES, startup=2)
     found = []
@@ -148,7 +149,7 @@ def test_the_grid_goes_on_where_the_journal_ends():
     assert make_sampler("grid", SMALL, OBJECTIVES, trials=journal).ask() == Trial(3, order[3])
 
 
-@pytest.mark.parametrize("kind", ["tpe", "random"])
+@pytest.mark.parametrize("kind", ["tpe", "curves", "random"])
 def test_a_trial_ends_once(kind):
     sampler = make_sampler(kind, SMALL, OBJECTIVES)
     trial = sampler.ask()
@@ -178,7 +179,7 @@ def test_tpe_learns_the_front_better_than_chance():
 
 
 def test_wrong_words_are_refused():
-    with pytest.raises(ConfigError, match=r"sweep.sampler = 'tpa': must be one of tpe, nsga2, gp, random, grid"):
+    with pytest.raises(ConfigError, match=r"sweep.sampler = 'tpa': must be one of curves, tpe, nsga2, gp"):
         make_sampler("tpa", SMALL, OBJECTIVES)
     with pytest.raises(ConfigError, match=r"sweep.limits = 'speed > 3': must read"):
         parse_limits(["speed > 3"], ["speed"])

@@ -14,8 +14,9 @@ from itpn_core.errors import ConfigError, UserError
 from orchestrator.data.folder import Folder
 from orchestrator.sweep.front import Objective
 from orchestrator.sweep.journal import End, TrialJournal
+from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE
 from orchestrator.sweep.read_space import parse_space
-from orchestrator.sweep.sampler import FAILED, FINISHED, INFEASIBLE, make_sampler
+from orchestrator.sweep.sampler import make_sampler
 from orchestrator.sweep.state import OutOfMemory, SweepState, measured, run_trial
 
 GOALS = (Objective("accuracy"), Objective("speedup"))

@@ -13,10 +13,10 @@ from orchestrator.sweep.config import SweepConfig
 from orchestrator.sweep.front import gains
 from orchestrator.sweep.job import best_settings, open_space
 from orchestrator.sweep.journal import End, TrialJournal, trial_uid
+from orchestrator.sweep.known import FINISHED, PRUNED, Trial
 from orchestrator.sweep.pruning import MIN_FINISHED
 from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.results import Point, Results
-from orchestrator.sweep.sampler import FINISHED, PRUNED, Trial
 from orchestrator.sweep.train import SHARE, beaten, check_train, trial_config, worker_resources
 
 SWEEP = SweepConfig(objectives=("accuracy", "gflops"), mode="train")
