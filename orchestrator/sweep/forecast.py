@@ -30,6 +30,8 @@ Array = npt.NDArray[np.float64]
 TERMS = 3
 _ITERATIONS = 25
 _LEAST_NOISE = 1e-6
+_IMPOSSIBLE = 1e10
+"""Loss where the covariance cannot be factored: a step of the optimiser that went too far, which then turns back."""
 # Log-normal priors, values standardised: median and width (in e-folds) of relevance, linear and curved part against the
 # constant, size of f0, f1, f2, and variance of the noise.
 _RELEVANCE = (math.log(0.5), 1.0)
@@ -108,7 +110,9 @@ class Forecast:
         self._columns = points_ND.shape[1]
         prior = np.array([_RELEVANCE] * self._columns + list(_REST))
         self._prior, self._width = prior[:, 0], prior[:, 1]
-        found = minimize(self._loss, self._prior, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS})
+        # far out sizes overflow, which the loss answers for
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = minimize(self._loss, self._prior, jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS})
         self._settle(found.x)
 
     def ends(self, points_ND: Array) -> tuple[Array, Array]:
@@ -150,7 +154,9 @@ class Forecast:
         shape, by_rung = 1 + self._lin * lin + self._rbf * rbf, (self._rows * self._sizes) @ self._rows.T
         covariance = by_rung * shape
         covariance[np.diag_indices(len(self._y))] += self._noise
-        lower = np.linalg.cholesky(covariance)
+        lower = _factor(covariance)
+        if lower is None:
+            return _IMPOSSIBLE, np.zeros_like(logs)
         inverse = cho_solve((lower, True), np.eye(len(self._y)))
         weights = inverse @ self._y
         loss = 0.5 * self._y @ weights + np.log(np.diag(lower)).sum()
@@ -171,3 +177,13 @@ class Forecast:
         sizes = self._sizes * (self._rows * (on_rungs @ self._rows)).sum(0)
         residual = self._spare / self._noise - self._residual / self._noise**2
         return np.concatenate([relevance, parts, sizes, [noise * (np.trace(pull) + residual)]])
+
+
+def _factor(covariance: Array) -> Array | None:
+    """Lower triangle whose square the covariance is; None where rounding or overflow leaves none."""
+    if not np.isfinite(covariance).all():
+        return None
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return None

@@ -80,6 +80,25 @@ def test_hardly_any_data_is_no_reason_to_fail(curves):
         assert (deviation > 0).all()
 
 
+@pytest.mark.parametrize("logs", [60.0, 400.0, 800.0])
+def test_a_step_too_far_is_no_reason_to_fail(logs):
+    points = np.random.default_rng(3).uniform(-0.5, 0.5, (30, 3))
+    forecast = Forecast(points, measured(points, [LENGTH] * 10 + [2] * 20), LENGTH)
+    far = np.append(np.full(len(forecast._prior) - 1, logs), -logs)
+    with np.errstate(over="ignore", invalid="ignore"):
+        loss, gradient = forecast._loss(far)
+    assert loss > forecast._loss(forecast._prior)[0]
+    assert np.isfinite(gradient).all()
+
+
+def test_values_without_noise_are_met():
+    points = np.random.default_rng(4).uniform(-0.5, 0.5, (60, 3))
+    curves = [np.full(1, 3 - 2 * point[0] + point[1]) for point in points]
+    mean, deviation = Forecast(points, curves, LENGTH).ends(points)
+    assert mean == pytest.approx(np.concatenate(curves), abs=0.02)
+    assert np.isfinite(deviation).all()
+
+
 def test_the_end_is_where_nothing_is_left_to_gain():
     for length in (1, 2, 5, 16):
         assert design(length)[-1].tolist() == [1, 0, 0]
