@@ -83,6 +83,16 @@ class ObjectiveConfig:
     level_weights: tuple[float, ...] = field(
         default=(1 / 3, 1 / 3, 1 / 3), metadata={"help": "ema: loss weights of the pyramid levels, coarse to fine"}
     )
+    student_colour: float = field(
+        default=0.0,
+        metadata={
+            "help": "ema: brightness, contrast, saturation of the student's images times 1 +- this; teacher: none"
+        },
+    )
+    student_grey: float = field(default=0.0, metadata={"help": "ema: share of images that the student sees in grey"})
+    image_weight: float = field(
+        default=0.0, metadata={"help": "ema: loss weight of the whole image: mean of the stage-3 tokens (ours)"}
+    )
     guard_fraction: float = field(
         default=0.1, metadata={"help": "ema: feature std below this share of its first value counts as collapsed"}
     )
@@ -105,6 +115,24 @@ def _between(key: str, value: float, low: float, high: float) -> None:
         raise ConfigError(key, value, f"must lie between {low} and {high}")
 
 
+def _check_ema(config: ObjectiveConfig) -> None:
+    """The settings of the moving-average objective; its additions must be off in the others."""
+    for key in ("ema_momentum", "ema_momentum_end", "student_colour", "student_grey", "guard_fraction"):
+        _between(f"objective.{key}", getattr(config, key), 0, 1)
+    _between("objective.image_weight", config.image_weight, 0, 100)
+    for key in ("student_colour", "student_grey", "image_weight"):
+        if getattr(config, key) and config.kind != "ema":
+            raise ConfigError(
+                f"objective.{key}", getattr(config, key), f"must be 0 when objective.kind is {config.kind}"
+            )
+    if config.kind == "ema" and config.target_norm == "channel":
+        hint = "The teacher changes during the run, so its channel statistics would too."
+        raise ConfigError("objective.target_norm", config.target_norm, "must be layer, instance or none for ema", hint)
+    if len(config.level_weights) != 3 or min(config.level_weights) < 0 or sum(config.level_weights) <= 0:
+        allowed = "must be three weights, none negative, not all zero"
+        raise ConfigError("objective.level_weights", config.level_weights, allowed)
+
+
 def check_objective(config: ObjectiveConfig) -> None:
     """Checks the settings that can be checked without a model.
 
@@ -123,20 +151,12 @@ def check_objective(config: ObjectiveConfig) -> None:
         )
     _one_of("objective.target_norm", config.target_norm, TARGET_NORMS)
     _between("objective.mask_ratio", config.mask_ratio, 0, 1)
-    _between("objective.ema_momentum", config.ema_momentum, 0, 1)
-    _between("objective.ema_momentum_end", config.ema_momentum_end, 0, 1)
-    _between("objective.guard_fraction", config.guard_fraction, 0, 1)
+    _check_ema(config)
     if config.kind == "pixel" and config.target_norm != "auto":
         raise ConfigError("objective.target_norm", config.target_norm, "must be auto when objective.kind is pixel")
-    if config.kind == "ema" and config.target_norm == "channel":
-        hint = "The teacher changes during the run, so its channel statistics would too."
-        raise ConfigError("objective.target_norm", config.target_norm, "must be layer, instance or none for ema", hint)
     if config.kind in ("fast", "clip") and config.target_norm == "instance":
         allowed = f"must be none, layer or channel when objective.kind is {config.kind}"
         raise ConfigError("objective.target_norm", config.target_norm, allowed)
-    if len(config.level_weights) != 3 or min(config.level_weights) < 0 or sum(config.level_weights) <= 0:
-        allowed = "must be three weights, none negative, not all zero"
-        raise ConfigError("objective.level_weights", config.level_weights, allowed)
     if min(config.std) <= 0:
         raise ConfigError("objective.std", config.std, "must be positive in every channel")
     for key in ("target_samples", "pyramid_dim", "decoder_dim", "decoder_depth", "decoder_heads", "guard_steps"):

@@ -17,11 +17,12 @@ from itpn_core.models.fast_student import FastStudent
 from itpn_core.models.layers import layer_norm
 from itpn_core.models.layout import to_map
 from itpn_core.pretraining.base import PretrainTask
+from itpn_core.pretraining.colour import recolour
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import plain_instance_norm, plain_layer_norm, smooth_l1
 from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
-from itpn_core.random import derive
-from itpn_core.task import TaskOutput
+from itpn_core.random import derive, uniform
+from itpn_core.task import Examples, TaskOutput
 
 LEVELS = ("p16", "p8", "p4")
 
@@ -41,9 +42,10 @@ class HeadlessStudent(FastStudent):
         del self.decoder_embed, self.lm_head
 
 
-def predictor(width: int) -> nn.Sequential:
+def predictor(width: int, hidden: int = 0) -> nn.Sequential:
     """LayerNorm, Linear, GELU, Linear: keeps the student's features from having to equal the targets."""
-    return nn.Sequential(layer_norm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+    hidden = hidden or width
+    return nn.Sequential(layer_norm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class EmaTask(PretrainTask):
@@ -53,6 +55,11 @@ class EmaTask(PretrainTask):
     three pyramid levels, LayerNorm without affine per cell, or with `target_norm=instance` standardised per image and
     channel. Each level's loss is a mean over its cells and channels. With `loss_tokens=all` (ours) the cells of visible
     patches count too: the features of whole images, which evaluation reads, are then trained directly.
+
+    Two more of our additions, both off unless asked for. With `student_colour` and `student_grey` the student's image
+    has other colours than the teacher's, which it must see through. With `image_weight` a fourth loss compares whole
+    images: the mean of the student's visible stage-3 tokens must tell the mean of the teacher's (data2vec 2.0,
+    arXiv 2212.07525, and MSN, arXiv 2204.07141, do so with a class token).
 
     Args:
         model: shape of the student (family "fast").
@@ -67,16 +74,40 @@ class EmaTask(PretrainTask):
         self.predictors = nn.ModuleList(
             predictor(config.pyramid_dim) if config.ema_predictor else nn.Identity() for _ in LEVELS
         )
+        self.image_predictor = self._image_predictor(model.embed_dim) if config.image_weight else None
         self.ema = EmaTeacher(student)
         self._norm = _NORMS[config.target_norm]
         self._weights = tuple(weight / sum(config.level_weights) for weight in config.level_weights)
 
+    def _image_predictor(self, width: int) -> nn.Module:
+        return predictor(width, 2 * width) if self.config.ema_predictor else nn.Identity()
+
+    @torch.no_grad()
+    def prepare(self, examples: Examples) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The images in the student's colours, and targets of the images as they are."""
+        return self.student_view(examples.images, examples.keys), self.targets(examples.images)
+
+    def student_view(self, images_B3HW: Tensor, keys_B: Tensor) -> Tensor:
+        """The images with brightness, contrast and saturation of their own, some of them grey."""
+        strength, grey = self.config.student_colour, self.config.student_grey
+        if not strength and not grey:
+            return images_B3HW
+        draws_B4 = uniform(derive(keys_B, "student_colour"), 4)
+        factor_B3 = 1.0 + strength * (2.0 * draws_B4[:, :3] - 1.0)
+        factor_B3[:, 2] = torch.where(draws_B4[:, 3] < grey, 0.0, factor_B3[:, 2])
+        return recolour(images_B3HW, factor_B3)
+
     @torch.no_grad()
     def targets(self, images_B3HW: Tensor) -> tuple[Tensor, ...]:
-        """Features of the moving average per level: [B, N, S, F] with S = 1, 4, 16 cells per patch."""
-        _, _, levels = self.ema.module.encode(self.normalise(images_B3HW))
-        levels = [at_least_float32(level) for level in levels]
-        return tuple(self._norm(level) for level in levels)
+        """Features of the moving average per level: [B, N, S, F] with S = 1, 4, 16 cells per patch.
+
+        With `image_weight` there is a fourth: the mean of its stage-3 tokens [B, E], LayerNorm without affine.
+        """
+        x_BNE, _, levels = self.ema.module.encode(self.normalise(images_B3HW))
+        targets = tuple(self._norm(at_least_float32(level)) for level in levels)
+        if self.image_predictor is None:
+            return targets
+        return (*targets, plain_layer_norm(at_least_float32(x_BNE).mean(dim=1)))
 
     def _scored(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
         """Cells that count in the loss: of the masked patches [B, M, S, F] (M is the same everywhere), or of all."""
@@ -89,13 +120,23 @@ class EmaTask(PretrainTask):
     def forward(self, images_B3HW: Tensor, targets: tuple[Tensor, ...], keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         mask_BN = self.mask(keys_B)
-        _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
+        x_BNE, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
         losses: dict[str, Tensor] = {}
-        for name, predict, level, target in zip(LEVELS, self.predictors, levels, targets, strict=True):
+        parts = zip(LEVELS, self.predictors, levels, targets[: len(LEVELS)], strict=True)
+        for name, predict, level, target in parts:
             prediction = predict(self._scored(mask_BN, level))
             losses[f"loss_{name}"] = smooth_l1(at_least_float32(prediction), self._scored(mask_BN, target))
         total_B = sum(weight * loss_B for weight, loss_B in zip(self._weights, losses.values(), strict=True))
+        if self.image_predictor is not None:
+            prediction_BE = self.image_predictor(self._visible_mean(mask_BN, x_BNE))
+            losses["loss_image"] = smooth_l1(at_least_float32(prediction_BE), targets[-1])
+            total_B = total_B + self.config.image_weight * losses["loss_image"]
         return TaskOutput(total_B, {name: loss_B.detach() for name, loss_B in losses.items()})  # type: ignore[arg-type]
+
+    def _visible_mean(self, mask_BN: Tensor, x_BNE: Tensor) -> Tensor:
+        """Mean of the tokens of visible patches [B, E]: masked ones are guesses."""
+        kept_BN1 = ~mask_BN[:, :, None]
+        return torch.where(kept_BN1, x_BNE, 0).sum(dim=1) / (mask_BN.shape[1] - self.mask_count)
 
     def ema_update(self, progress: float) -> None:
         """Moves the teacher one step with the momentum of this moment of the run."""
@@ -116,7 +157,7 @@ class EmaTask(PretrainTask):
         _, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN)
         predictions = [predict(level) for predict, level in zip(self.predictors, levels, strict=True)]
         grid = self.student.grid
-        targets = zip(LEVELS, self.targets(images_B3HW), strict=True)
+        targets = zip(LEVELS, self.targets(images_B3HW)[: len(LEVELS)], strict=True)
         return {f"teacher/{name}": to_map(target, grid) for name, target in targets} | {
             f"student/{name}": to_map(prediction, grid) for name, prediction in zip(LEVELS, predictions, strict=True)
         }

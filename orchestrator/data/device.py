@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from itpn_core.pretraining.colour import recolour
 from itpn_core.random import stream_keys, uniform
 from orchestrator.data.config import AugmentConfig
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision's grey conversion
-
 
 def augment(images_B3HW: Tensor, ids_B: Tensor, seed: int, epoch: int, config: AugmentConfig) -> Tensor:
-    """Turns stored pixels into the batch that both student and teacher see.
+    """Turns stored pixels into the batch that the task prepares its images and targets from.
 
     Args:
         images_B3HW: uint8 [B, 3, H, W] on the training device.
@@ -30,20 +29,7 @@ def augment(images_B3HW: Tensor, ids_B: Tensor, seed: int, epoch: int, config: A
         flipped_B = uniform(stream_keys(seed, epoch, ids_B, "flip"), 1)[:, 0] < config.flip
         x_B3HW = torch.where(flipped_B[:, None, None, None], x_B3HW.flip(-1), x_B3HW)
     if max(config.brightness, config.contrast, config.saturation) > 0:
-        x_B3HW = _colour(x_B3HW, uniform(stream_keys(seed, epoch, ids_B, "colour"), 3), config)
+        strength_3 = x_B3HW.new_tensor([config.brightness, config.contrast, config.saturation])
+        draws_B3 = uniform(stream_keys(seed, epoch, ids_B, "colour"), 3)
+        x_B3HW = recolour(x_B3HW, 1.0 + strength_3 * (2.0 * draws_B3 - 1.0))
     return x_B3HW
-
-
-def _colour(x_B3HW: Tensor, draws_B3: Tensor, config: AugmentConfig) -> Tensor:
-    """Brightness, contrast, saturation in this order, each blended with its neutral image and cut to [0, 1]."""
-    strength_3 = draws_B3.new_tensor([config.brightness, config.contrast, config.saturation])
-    factor_B3 = 1.0 + strength_3 * (2.0 * draws_B3 - 1.0)
-    brightness, contrast, saturation = factor_B3[:, :, None, None, None].unbind(1)
-    x_B3HW = (x_B3HW * brightness).clamp_(0.0, 1.0)
-    mean_B111 = _grey(x_B3HW).mean(dim=(-1, -2), keepdim=True)
-    x_B3HW = torch.lerp(mean_B111.expand_as(x_B3HW), x_B3HW, contrast).clamp_(0.0, 1.0)
-    return torch.lerp(_grey(x_B3HW).expand_as(x_B3HW), x_B3HW, saturation).clamp_(0.0, 1.0)
-
-
-def _grey(x_B3HW: Tensor) -> Tensor:
-    return (x_B3HW * x_B3HW.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)

@@ -11,6 +11,7 @@ from itpn_core.pretraining.targets import ChannelStatistics, plain_layer_norm, t
 from itpn_core.pretraining.tasks import FAMILY_OF, build_task
 from itpn_core.pretraining.teachers import Teacher
 from itpn_core.random import stream_keys
+from itpn_core.task import Examples
 
 KINDS = tuple(FAMILY_OF)
 
@@ -226,6 +227,52 @@ def test_ema_teacher_is_the_moving_average_and_starts_as_the_student():
     assert all(torch.allclose(a, b + 0.5, atol=1e-6) for a, b in zip(task.ema.parameters(), before, strict=True))
 
 
+def test_ema_image_loss_compares_the_mean_of_visible_tokens_with_the_whole_image():
+    task = make("ema", image_weight=2.0).train()
+    images, keys = batch(3)
+    mask = task.mask(keys)
+    tokens, _, _ = task.student.encode(task.normalise(images), mask)
+    whole = task.ema.module.encode(task.normalise(images))[0].mean(1)
+    visible = torch.stack([tokens[b][~mask[b]].mean(0) for b in range(3)])
+    expected_B = F.smooth_l1_loss(task.image_predictor(visible), plain_layer_norm(whole), reduction="none").mean(1)
+    output = losses(task, images, keys)
+    assert torch.allclose(output.parts["loss_image"], expected_B, atol=1e-6)
+    levels = sum(output.parts[f"loss_{name}"] for name in ("p16", "p8", "p4")) / 3
+    assert torch.allclose(output.loss_B, levels + 2.0 * expected_B, atol=1e-6)
+    output.loss_B.sum().backward()
+    assert all(p.grad is not None for p in task.image_predictor.parameters())
+    assert set(task.picture(images, mask)) == set(make("ema").picture(images, mask))
+
+
+def seen_by_the_student(images, keys, **objective):
+    task = make("ema", **objective).eval()
+    full = torch.ones(len(keys), dtype=torch.bool)
+    view, targets = task.prepare(Examples(images, torch.zeros_like(keys), full, keys))
+    assert all(torch.equal(a, b) for a, b in zip(targets, task.targets(images), strict=True))  # the teacher's: as is
+    return view
+
+
+def test_ema_student_colours_follow_the_sample_alone_and_leave_the_teacher_its_own():
+    images, keys = batch(6)
+    view = seen_by_the_student(images, keys, student_colour=0.4, student_grey=0.5)
+    alone = [
+        seen_by_the_student(images[i : i + 1], keys[i : i + 1], student_colour=0.4, student_grey=0.5) for i in range(6)
+    ]
+    assert torch.allclose(view, torch.cat(alone), atol=1e-6)
+    assert (view - images).abs().flatten(1).mean(1).min() > 0.01
+    assert 0 <= view.min() <= view.max() <= 1
+    assert not torch.allclose(view, seen_by_the_student(images, keys + 1, student_colour=0.4, student_grey=0.5))
+    assert torch.equal(seen_by_the_student(images, keys), images)
+
+
+def test_ema_student_sees_the_asked_share_in_grey():
+    images, keys = torch.rand(400, 3, 64, 64), stream_keys(3, 1, torch.arange(400), "objective")
+    task = make("ema", student_grey=0.25)
+    grey_B = task.student_view(images, keys).std(dim=1).amax((1, 2)) < 1e-5
+    assert 75 <= int(grey_B.sum()) <= 125
+    assert torch.allclose(task.student_view(images, keys)[~grey_B], images[~grey_B], atol=1e-6)
+
+
 def test_channel_statistics_standardise_the_targets():
     task = make("fast", target_norm="channel")
     images, _ = batch(32)
@@ -321,6 +368,8 @@ def test_figure_and_health_have_what_a_picture_needs(kind):
         ("fast", {"target_norm": "instance"}, "must be none, layer or channel when objective.kind is fast"),
         ("pixel", {"target_norm": "layer"}, "must be auto when objective.kind is pixel"),
         ("ema", {"level_weights": (1.0, 1.0)}, "must be three weights"),
+        ("ema", {"student_grey": 1.5}, "objective.student_grey = 1.5: must lie between 0 and 1"),
+        ("pixel", {"image_weight": 1.0}, "objective.image_weight = 1.0: must be 0 when objective.kind is pixel"),
         ("ema", {"guard_steps": 0}, "objective.guard_steps = 0: must be at least 1"),
     ],
 )
