@@ -184,6 +184,6 @@ def _factor(covariance: Array) -> Array | None:
     if not np.isfinite(covariance).all():
         return None
     try:
-        return np.linalg.cholesky(covariance)
+        return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
     except np.linalg.LinAlgError:
         return None
