@@ -19,7 +19,7 @@ class EvalConfig:
     """k-NN of the frozen backbone on held-out images (the labels never choose a checkpoint)."""
 
     every_epochs: int = field(default=1, metadata={"help": "evaluate after every N epochs; 0 = only at both ends"})
-    where: str = field(default="inside", metadata=_WHERE)
+    where: str = field(default="auto", metadata=_WHERE)
     wait_s: float = field(default=600.0, metadata=_WAIT)
     stages: bool = field(
         default=True,
@@ -54,7 +54,7 @@ class ClassifyEvalConfig:
     """Top-1 and top-5 of a classifier on held-out images (they never choose a checkpoint)."""
 
     every_epochs: int = field(default=1, metadata={"help": "evaluate after every N epochs; 0 = only at both ends"})
-    where: str = field(default="inside", metadata=_WHERE)
+    where: str = field(default="auto", metadata=_WHERE)
     wait_s: float = field(default=600.0, metadata=_WAIT)
     images: int = field(default=0, metadata={"help": "val images at equal distances over the split; 0 = all of them"})
     crop: float = field(default=0.875, metadata={"help": "side of the centre crop as a share of the shorter side"})

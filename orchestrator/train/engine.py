@@ -123,6 +123,8 @@ class Engine:
         saved = snapshot.state if snapshot else {}
         if self.beside and (self._apart or WISH in saved):
             self.beside.resume(saved, active=self._apart)
+        # Told before the first step: whether a group starts or goes on shows in the step that it begins with.
+        self.run.progress("starting", step=self.state.step, total=self.total)
         self.goodput.watch.leave()
 
     @property

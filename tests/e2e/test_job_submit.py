@@ -55,6 +55,8 @@ def head(tmp_path):
     words = [
         "start", "--head", "--block", "--num-cpus=2", f"--port={port}", "--node-ip-address=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--temp-dir={temp}", "--include-dashboard=true",
+        # Ray's defaults, which another head on this machine may hold: jobs would wait for an agent for ever.
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
     with (
         (tmp_path / "head.log").open("w") as log,
