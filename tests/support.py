@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,20 @@ def write_shards(root: Path, per_class: int = 24) -> str:
     dest = root / "shards"
     make_shards(str(source), str(dest), ShardOptions(shard_samples=16, val_fraction=0.25), cache=root / "cache")
     return str(dest)
+
+
+def write_home(root: Path) -> Path:
+    """An ITPN_HOME below a folder, with a small data set in the sample data's place."""
+    home = root / "home"
+    (home / "data").mkdir(parents=True)
+    Path(write_shards(root / "made", per_class=40)).rename(home / "data" / "fashion-mnist")
+    return home
+
+
+def job_environment(home: Path) -> dict[str, str]:
+    """What a job is started with: this process' environment without another Ray's or MLflow's settings."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    return {**clean, "ITPN_HOME": str(home), "RAY_AUTH_MODE": "token"}
 
 
 TINY = [

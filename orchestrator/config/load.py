@@ -165,11 +165,11 @@ def to_recipe(config: Any, keep: Collection[str] = ()) -> str:
 
     Args:
         config: a configuration.
-        keep: settings that are written although they are defaults.
+        keep: settings, or sections with a dot at their end, that are written although they are defaults.
     """
     defaults, tree = flat_values(type(config)()), cast("dict[str, Any]", {})
     for key, value in flat_values(config).items():
-        if value != defaults[key] or key in keep:
+        if value != defaults[key] or any(key == kept or (kept[-1] == "." and key.startswith(kept)) for kept in keep):
             node = tree
             *sections, leaf = key.split(".")
             for section in sections:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from itpn_core.benchmark.timing import machine
+from itpn_core.reduction.plan import make_plan
 from orchestrator.checkpoint.source import Source
 from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import EvaluateConfig
@@ -102,7 +103,20 @@ def _settings(config: EvaluateConfig, subject: Subject) -> dict[str, Setting]:
     subject.apply(given)
     reduced = subject.model.is_reduced
     subject.apply(OFF)
+    _note_idle(given, subject)
     return {PLAIN: OFF, GIVEN: given} if reduced else {PLAIN: OFF}
+
+
+def _note_idle(given: Setting, subject: Subject) -> None:
+    """Says which drops drop nothing: on small grids rounding up to a multiple of 8 keeps every token."""
+    migration, grid = given[0], subject.model.grid
+    dropped = {drop.layer for drop in make_plan(*given, subject.model.config.depths[2], grid).drops}
+    wanted = zip(migration.layers, migration.keep, strict=True)
+    if idle := [str(layer) for layer, keep in wanted if keep < 1 and layer not in dropped]:
+        print(
+            f"note: of {grid[0]}x{grid[1]} tokens none is dropped before layer {', '.join(idle)}: what is kept is"
+            " rounded up to a multiple of 8. A larger --size has more tokens"
+        )
 
 
 def _rows(settings: Mapping[str, Setting], scores: Mapping[str, Any], costs: Mapping[str, Cost]) -> dict[str, Row]:

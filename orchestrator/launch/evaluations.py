@@ -20,6 +20,7 @@ from itpn_core.errors import UserError
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import DataError
 from orchestrator.data.folder import Folder
+from orchestrator.launch.background import background
 from orchestrator.launch.cluster import Resources, fits_beside, free_nodes, room_beside
 from orchestrator.launch.desk import Desk, GoneError
 from orchestrator.launch.place import local_directory
@@ -127,20 +128,16 @@ def evaluate_apart(job: Job, request: Request, colours: Any, gpus: int) -> Measu
 @contextlib.contextmanager
 def looking(desk: Desk) -> Iterator[None]:
     """Lets a desk look after its evaluations on a thread, until the block ends."""
-    done = threading.Event()
 
-    def run() -> None:
+    def run(done: threading.Event) -> None:
         while not done.wait(_LOOK_S):
             with contextlib.suppress(RayError):  # a cluster that does not answer now: the next look tells
                 desk.look()
 
-    thread = threading.Thread(target=run, name="evaluations", daemon=True)
-    thread.start()
     try:
-        yield
+        with background("evaluations", run):
+            yield
     finally:
-        done.set()
-        thread.join(timeout=15)
         with contextlib.suppress(RayError):
             left = desk.close()
             if left:

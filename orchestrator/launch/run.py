@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -21,6 +22,7 @@ from orchestrator.checkpoint.runlog import FencedError
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.tree import JobConfig, with_where
 from orchestrator.data.folder import Folder, StorageError
+from orchestrator.launch.background import background
 from orchestrator.launch.board import Admission, News, open_board, watch
 from orchestrator.launch.check import Checked, check
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_OK, EXIT_STORAGE
@@ -177,7 +179,7 @@ class _Attempt:
 
     @contextlib.contextmanager
     def _shown(self, board: Any) -> Iterator[None]:
-        line, done = ProgressLine(), threading.Event()
+        line = ProgressLine()
 
         def show(news: News) -> None:
             line(news)
@@ -186,13 +188,10 @@ class _Attempt:
             for wish in news.requests:
                 self._evaluations.ask(wish)
 
-        thread = threading.Thread(target=watch, args=(board, show, done), name="progress", daemon=True)
-        thread.start()
         try:
-            yield
+            with background("progress", partial(watch, board, show)):
+                yield
         finally:
-            done.set()
-            thread.join(timeout=15)
             line.close()
 
     def _refused(self, reason: str, code: int) -> int:

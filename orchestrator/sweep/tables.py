@@ -25,7 +25,8 @@ UNITS = {
     "memory_mb": ("peak activations MB", 1.0),
 }
 """Heading of a measured value, and what it is multiplied with for people."""
-_KEPT = ("model.migration.layers", "model.migration.keep", "model.gathering.window", "model.gathering.tokens")
+_KEPT = ("model.img_size", "model.migration.", "model.gathering.", "eval.")
+"""What a recommendation always says: in `jobs/evaluate.py` the checkpoint's own run would otherwise fill it in."""
 
 
 def points_csv(points: Sequence[Point], measured: Sequence[str]) -> str:

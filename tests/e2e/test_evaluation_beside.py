@@ -12,7 +12,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from tests.support import TINY, write_shards
+from tests.support import TINY, job_environment, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -21,21 +21,15 @@ WORDS = ("cluster.workers=1", "train.epochs=3", "eval.every_epochs=1", "eval.ban
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An ITPN_HOME with a small data set in the sample data's place."""
-    home = tmp_path_factory.mktemp("home")
-    made = Path(write_shards(tmp_path_factory.mktemp("data"), per_class=40))
-    (home / "data").mkdir()
-    made.rename(home / "data" / "fashion-mnist")
-    return home
+    return write_home(tmp_path_factory.mktemp("root"))
 
 
 def start(home, name, *words):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     settings = [word for word in TINY if not word.startswith("track.follow")]
     return subprocess.Popen(
         [sys.executable, "jobs/pretrain.py", *settings, *WORDS, f"run.name={name}", *words], cwd=ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**clean, "ITPN_HOME": str(home), "RAY_AUTH_MODE": "token"},
+        env=job_environment(home),
     )  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Pre-training, then fine-tuning from it, as a person runs them: real Ray, two workers, real MLflow."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from orchestrator.config.tree import FinetuneConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.run import run_training
-from tests.support import TINY, TINY_CLASSIFIER, write_shards
+from tests.support import TINY, TINY_CLASSIFIER, job_environment, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "jobs" / "recipes" / "finetune_first_run.yaml")
@@ -21,19 +20,14 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    made = Path(write_shards(tmp_path_factory.mktemp("data"), per_class=40))
-    (home / "data").mkdir()
-    made.rename(home / "data" / "fashion-mnist")
-    return home
+    return write_home(tmp_path_factory.mktemp("root"))
 
 
 def run(home, job, tiny, *words):
     settings = [word for word in tiny if not word.startswith("track.follow")]
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     return subprocess.run(
         [sys.executable, f"jobs/{job}.py", *settings, "cluster.workers=2", *words],
-        cwd=ROOT, env={**clean, "ITPN_HOME": str(home), "RAY_AUTH_MODE": "token"},
+        cwd=ROOT, env=job_environment(home),
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
 

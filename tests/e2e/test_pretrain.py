@@ -1,6 +1,5 @@
 """The job as a person runs it: real Ray, two workers, real shards, real MLflow."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from orchestrator.config.tree import PretrainConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.run import run_training
-from tests.support import TINY, write_shards
+from tests.support import TINY, job_environment, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_RUN = str(ROOT / "jobs" / "recipes" / "first_run.yaml")
@@ -23,12 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An ITPN_HOME with a small data set in the sample data's place."""
-    home = tmp_path_factory.mktemp("home")
-    made = Path(write_shards(tmp_path_factory.mktemp("data"), per_class=40))
-    (home / "data").mkdir()
-    made.rename(home / "data" / "fashion-mnist")
-    return home
+    return write_home(tmp_path_factory.mktemp("root"))
 
 
 def command(*words):
@@ -36,14 +30,15 @@ def command(*words):
     return [sys.executable, "jobs/pretrain.py", *settings, "cluster.workers=2", *words]
 
 
-def environment(home):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    return {**clean, "ITPN_HOME": str(home), "RAY_AUTH_MODE": "token"}
-
-
 def run(home, *words, timeout=500):
     return subprocess.run(
-        command(*words), cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=timeout, check=False
+        command(*words),
+        cwd=ROOT,
+        env=job_environment(home),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -89,7 +84,7 @@ def test_killed_driver_resumes_and_says_from_where(home):
     words = ("run.name=killed", "train.epochs=30", "checkpoint.every_steps=1", "train.log_every=1", "eval.queries=8")
     checkpoints = home / "runs" / "killed" / "checkpoints"
     with subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, text=True, start_new_session=True
+        command(*words), cwd=ROOT, env=job_environment(home), stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as driver:
         deadline = time.monotonic() + 300
         while len(list(checkpoints.glob("step-*/COMMITTED.json"))) < 2:
@@ -110,7 +105,12 @@ def test_killed_driver_resumes_and_says_from_where(home):
 def test_interrupt_saves_and_the_same_command_goes_on(home):
     words = ("run.name=stopped", "train.epochs=30", "train.log_every=1", "eval.queries=8")
     with subprocess.Popen(
-        command(*words), cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(*words),
+        cwd=ROOT,
+        env=job_environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as driver:
         lines = []
         for line in driver.stdout:
@@ -171,7 +171,7 @@ def test_print_config_reads_back(home, tmp_path):
     (tmp_path / "again.yaml").write_text(first.stdout)
     second = subprocess.run(
         [sys.executable, "jobs/pretrain.py", "--recipe", str(tmp_path / "again.yaml"), "--print-config"],
-        cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=120, check=True,
+        cwd=ROOT, env=job_environment(home), capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert second.stdout == first.stdout
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from tests.support import TINY, losses, write_shards
+from tests.support import TINY, job_environment, losses, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -22,23 +22,17 @@ HANG_S = 10
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An ITPN_HOME with a small data set in the sample data's place."""
-    home = tmp_path_factory.mktemp("home")
-    made = Path(write_shards(tmp_path_factory.mktemp("data"), per_class=40))
-    (home / "data").mkdir()
-    made.rename(home / "data" / "fashion-mnist")
-    return home
+    return write_home(tmp_path_factory.mktemp("root"))
 
 
 def start(home, name):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     words = [
         f"run.name={name}", "cluster.workers=2", "train.epochs=30", "train.log_every=1", "checkpoint.every_steps=1",
         "eval.queries=8", f"train.guard.hang_s={HANG_S}", "cluster.max_failures=1",
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "jobs/pretrain.py", *TINY, *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**clean, "ITPN_HOME": str(home), "RAY_AUTH_MODE": "token"}, text=True,
+        env=job_environment(home), text=True,
     )  # fmt: skip
 
 

@@ -83,6 +83,10 @@ def test_the_job_compares_a_setting_with_the_unreduced_model(trained, tmp_path, 
     for name in (PLAIN, "given", AGAIN):
         assert f"| {name} |" in printed
     assert out.with_suffix(".png").stat().st_size > 5_000
+    assert "none is dropped" not in printed
+    small = ["evaluate.rounds=0", "--knn", "--checkpoint", str(folder), *words, "data.image_size=16", *HALF]
+    assert job(*small) == 0
+    assert "note: of 2x2 tokens none is dropped before layer" in capsys.readouterr().out
 
 
 def test_the_run_s_own_protocol_is_the_default_and_words_override_it(trained, tmp_path):

@@ -142,6 +142,19 @@ def test_recommended_recipes_are_accepted_by_pretrain_and_evaluate(tmp_path):
             assert word in path.read_text()
 
 
+def test_a_recommendation_wins_over_what_the_checkpoints_run_says_of_itself(tmp_path):
+    """Also where it equals the defaults of all settings, such as an image size of 224."""
+    whole = config("model.img_size=224")
+    found = results(ENDS)
+    path = tmp_path / "recommended.yaml"
+    path.write_text(tables.recommended_recipe(whole, found, "knee"))
+    own = {"model.img_size": 64, "model.migration.partners": "neighbours", "model.gathering.window": 2, "eval.k": 3}
+    read = resolve(load(EvaluateConfig, path, [], own), {"ITPN_HOME": "/h"})
+    assert (read.model.img_size, read.data.image_size, read.eval.k) == (224, 224, whole.eval.k)
+    assert read.model.gathering == whole.model.gathering
+    assert read.model.migration.partners == whole.model.migration.partners
+
+
 def test_pictures_and_page_show_what_was_found(tmp_path):
     found = results(ENDS)
     drawn = plot.draw(found, {"accuracy": {"a": 0.7, "b": 0.3}}, "a sweep", tmp_path / "sweep.png")
