@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -64,7 +65,22 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     try:
         yield
     finally:
+        _leave()
+
+
+def _leave() -> None:
+    """Leaves the cluster.
+
+    Once, a driver ended within Ray's shutdown ("core worker has already been shutdown") and its end table was lost. Ray
+    checks the connection before it lets go of a handle, and that check races with the shutdown when another thread's
+    garbage collection frees one. So garbage goes first, and no collection runs meanwhile.
+    """
+    gc.collect()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        gc.enable()
 
 
 def ready_for_train(config: ClusterConfig) -> None:
