@@ -94,6 +94,19 @@ def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     assert job.text.count("resumed from the checkpoint of step") == 2
 
 
+def test_hosts_that_hold_parts_of_the_model_go_on_without_one_of_them(whole):
+    """Every worker writes its rows into the bucket; a group with another host reads those of the one that is gone."""
+    job = start(whole, "parts", "train.parallel=shard")
+    wait_for_step(whole, job, "parts", 70)
+    folder = whole.keys("runs/parts/checkpoints/step-00000040/")
+    assert len([key for key in folder if "-of-00002.safetensors" in key]) == 2
+    whole.hosts_in_use()[0].kill()
+    assert job.wait(400) == 0, job.text
+    found = groups(records(whole, "parts"))
+    assert [group.first for group in found] == [0, 40]
+    check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
+
+
 def test_ray_job_stop_saves_in_time_and_the_run_resumes_where_it_stopped(whole):
     job = start(whole, "stopped")
     wait_for_step(whole, job, "stopped", 55)
