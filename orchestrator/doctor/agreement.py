@@ -12,7 +12,7 @@ import torch
 
 from orchestrator.doctor.config import DoctorConfig
 from orchestrator.doctor.finding import Finding
-from orchestrator.doctor.walk import Record, run_group
+from orchestrator.doctor.walk import KILLED_AFTER, Record, run_group
 
 LOSS_TOLERANCE = 1e-8
 GRADIENT_TOLERANCE = 1e-10
@@ -41,12 +41,21 @@ def examine(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _short(config: DoctorConfig) -> DoctorConfig:
-    """The recipe, cut to a few steps on CPUs; what decides the numbers stays."""
+    """The recipe, cut to a few steps on CPUs; what decides the numbers stays.
+
+    A recipe that adds up micro-batches does so here too, with so few images that every group has to.
+    """
     look = config.doctor
+    micro_batch = min(config.train.micro_batch, max(1, look.batch // (2 * max(look.worlds))))
     return replace(
         config,
         train=replace(
-            config.train, precision="fp64", global_batch=look.batch, micro_batch=0, max_steps=look.steps, log_every=1
+            config.train,
+            precision="fp64",
+            global_batch=look.batch,
+            micro_batch=micro_batch,
+            max_steps=look.steps,
+            log_every=1,
         ),
         objective=replace(config.objective, target_samples=min(config.objective.target_samples, look.batch)),
         track=replace(config.track, follow=False, system_every_s=0.0),
@@ -56,7 +65,7 @@ def _short(config: DoctorConfig) -> DoctorConfig:
 
 def _killed(config: DoctorConfig, directory: Path, world: int, timeout_s: float) -> Record:
     """Kills a group after its first step, and lets the next one end what it began."""
-    if run_group(config, directory, world, timeout_s, kill_at=1) is not None:
+    if run_group(config, directory, world, timeout_s, kill_at=KILLED_AFTER) is not None:
         raise RuntimeError("the group survived SIGKILL")
     rest = run_group(config, directory, world, timeout_s)
     assert rest is not None  # noqa: S101 -- nobody was to be killed
@@ -70,37 +79,48 @@ def _compared(what: str, base: Record, run: Callable[[], Record | None]) -> Find
         return Finding(what, "FAILED", str(error))
     assert found is not None  # noqa: S101 -- nobody was to be killed
     difference = first_difference(base, found)
-    return Finding(what, "FAILED" if difference else "ok", difference or "same samples, masks, losses and gradients")
+    return Finding(what, "FAILED" if difference else "ok", difference or agreed(base, found))
+
+
+def agreed(base: Record, found: Record) -> str:
+    """What `first_difference` has compared, when it found none."""
+    begun = len(base.losses) - len(found.losses)
+    masks = ", masks" if any(len(mask) for mask in found.masks) else ""
+    steps = f"of steps {begun} to {len(base.losses) - 1}" if len(found.losses) > 1 else f"of step {begun}"
+    return f"same samples{masks} and losses {steps}, same {len(base.gradients[begun])} gradients of step {begun}"
 
 
 def first_difference(base: Record, found: Record) -> str:
-    """The first thing that differs, in the order in which a step makes them; "" when nothing does.
+    """The first thing that differs, in the order in which steps make them; "" when nothing does.
 
-    A record of a resumed group holds the last steps only; its gradients belong to another step than the first.
+    Gradients are compared at the first step that both took from equal weights: the first of a run, or the one after a
+    resume. A record of a resumed group holds the last steps only.
     """
     begun = len(base.losses) - len(found.losses)
-    pairs = list(zip(base.ids[begun:], found.ids, strict=True))
-    for step, (ours, theirs) in enumerate(pairs, start=begun):
+    for step in range(begun, len(base.losses)):
+        ours, theirs = base.ids[step], found.ids[step - begun]
         if ours != theirs:
             return f"sample ids of step {step}: {theirs[:8]} ... instead of {ours[:8]} ..."
-    each = len(base.masks) // max(1, len(base.losses))
-    for at, (ours_BN, theirs_BN) in enumerate(zip(base.masks[begun * each :], found.masks, strict=True)):
-        if not torch.equal(ours_BN, theirs_BN):
-            return f"masks of step {begun + at // max(1, each)}"
-    for step, (loss, other) in enumerate(zip(base.losses[begun:], found.losses, strict=True), start=begun):
+        if not torch.equal(base.masks[step], found.masks[step - begun]):
+            return f"masks of step {step}"
+        gradient = _first_gradient(base, found, step) if step == begun else ""
+        loss, other = base.losses[step], found.losses[step - begun]
         if not abs(loss - other) <= LOSS_TOLERANCE * abs(loss):
-            gradient = _first_gradient(base, found) if not begun else ""
             return f"loss of step {step}: {other!r} instead of {loss!r}{'; ' + gradient if gradient else ''}"
-    return "" if begun else _first_gradient(base, found)
+        if gradient:
+            return gradient
+    return ""
 
 
-def _first_gradient(base: Record, found: Record) -> str:
-    whole = torch.stack([g.norm() for g in base.gradients.values()]).norm()
-    for name, gradient in base.gradients.items():
-        if name not in found.gradients:
-            return f"the gradient of {name} is missing"
-        apart = float((found.gradients[name] - gradient).norm())
+def _first_gradient(base: Record, found: Record, step: int) -> str:
+    wanted, got = base.gradients[step], found.gradients.get(step, {})
+    whole = torch.stack([g.norm() for g in wanted.values()]).norm()
+    for name, gradient in wanted.items():
+        if name not in got:
+            return f"the gradient of {name} is missing at step {step}"
+        apart = float((got[name] - gradient).norm())
         if not apart <= GRADIENT_TOLERANCE * max(float(gradient.norm()), NEARLY_ZERO * float(whole)):
             share = apart / max(float(gradient.norm()), 1e-300)
-            return f"the gradient of {name} differs first, by {share:.1e} of its norm"
-    return ""
+            return f"the gradient of {name} at step {step} differs first, by {share:.1e} of its norm"
+    more = [name for name in got if name not in wanted]
+    return f"{more[0]} has a gradient at step {step} that it should not have" if more else ""

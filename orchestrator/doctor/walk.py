@@ -20,6 +20,9 @@ from orchestrator.train.context import Silent
 from orchestrator.train.engine import Engine
 from orchestrator.train.parallel import whole_gradients
 
+KILLED_AFTER = 1
+"""Steps before the kill; so it is also the number of the step after the resume."""
+
 
 @dataclass
 class Record:
@@ -27,10 +30,10 @@ class Record:
 
     ids: list[list[int]] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
-    """Masks of every step, bool [B, N]; empty for objectives without."""
+    """Masks of every step, bool [B, N]; [0] for objectives without."""
     losses: list[float] = field(default_factory=list)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the first step, by parameter."""
+    gradients: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By step, then by parameter: of the first step of a run and of the one after the kill, where they were taken."""
 
 
 def walk(config: PretrainConfig, directory: Path, rank: int, world: int, kill_at: int = 0) -> Record:
@@ -44,16 +47,20 @@ def walk(config: PretrainConfig, directory: Path, rank: int, world: int, kill_at
         kill_at: SIGKILL to this very process once so many steps are on storage; 0 = never.
     """
     seen = Record()
+    masks: list[Tensor] = []
     with Engine(config, Silent(directory, rank, world)) as engine:
         engine.restore()
-        _listen(engine, seen)
+        _listen(engine, seen, masks)
         while not engine.finished():
             with engine.batches() as batches:
                 for batch in batches:
+                    masks.clear()
                     engine.step(batch)
                     assert engine.window is not None  # noqa: S101 -- a step was taken
                     seen.ids.append(batch.ids[batch.own].tolist())
                     seen.losses.append(engine.window.read([]).rows[0]["loss"])
+                    # One for each micro-batch, in the order of the samples.
+                    seen.masks.append(torch.cat(masks) if masks else torch.empty(0, dtype=torch.bool))
                     if kill_at == engine.state.step:
                         engine.save()
                         engine.checkpoints.wait()
@@ -61,20 +68,22 @@ def walk(config: PretrainConfig, directory: Path, rank: int, world: int, kill_at
     return seen
 
 
-def _listen(engine: Engine, seen: Record) -> None:
-    """Writes down masks as they are drawn, and the gradients of the first step before they are used."""
+def _listen(engine: Engine, seen: Record, masks: list[Tensor]) -> None:
+    """Writes down masks as they are drawn, and the gradients of two steps before they are used."""
     task: Any = engine.state.task
     optimizer = engine.state.optimizer
     update, mask = optimizer.step, getattr(task, "mask", None)
 
     def observed(*arguments: Any) -> Any:
-        if not seen.gradients:
-            seen.gradients.update(whole_gradients(task))
+        if engine.state.step in (0, KILLED_AFTER):
+            gradients = whole_gradients(task)
+            # They are equal on all ranks: one copy is enough.
+            seen.gradients[engine.state.step] = {} if engine.run.rank else gradients
         return update(*arguments)
 
     def drawn(keys_B: Tensor) -> Tensor:
         mask_BN: Tensor = mask(keys_B)  # type: ignore[misc]
-        seen.masks.append(mask_BN.clone())
+        masks.append(mask_BN.clone())
         return mask_BN
 
     optimizer.step = observed  # type: ignore[assignment, method-assign]
@@ -125,7 +134,7 @@ def _together(ranks: list[dict[str, Any]]) -> Record:
     steps = range(len(ranks[0]["losses"]))
     return Record(
         ids=[[i for rank in ranks for i in rank["ids"][step]] for step in steps],
-        masks=[torch.cat([rank["masks"][step] for rank in ranks]) for step in range(len(ranks[0]["masks"]))],
+        masks=[torch.cat([rank["masks"][step] for rank in ranks]) for step in steps],
         losses=ranks[0]["losses"],
         gradients=ranks[0]["gradients"],
     )

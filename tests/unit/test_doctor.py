@@ -1,18 +1,23 @@
 """Doctor: what it compares, what it finds in bad surroundings, and a whole examination."""
 
 import copy
-from dataclasses import replace
+import multiprocessing
+import re
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from orchestrator.config.load import load
-from orchestrator.doctor.agreement import first_difference
+from orchestrator.doctor import agreement
+from orchestrator.doctor.agreement import _short, agreed, first_difference
 from orchestrator.doctor.config import DoctorConfig
 from orchestrator.doctor.doctor import doctor
 from orchestrator.doctor.surroundings import examine
 from orchestrator.doctor.walk import Record
 from orchestrator.launch.home import resolve
+from orchestrator.train.context import Silent
+from orchestrator.train.engine import Engine
 from tests.support import TINY, write_shards
 
 
@@ -24,8 +29,8 @@ def record():
         masks=[torch.rand(2, 4) < 0.5 for _ in range(2)],
         losses=[1.0, 0.5],
         gradients={
-            "stem.weight": torch.rand(3, dtype=torch.float64),
-            "head.weight": torch.rand(3, dtype=torch.float64),
+            step: {name: torch.rand(3, dtype=torch.float64) for name in ("stem.weight", "head.weight")}
+            for step in (0, 1)
         },
     )
 
@@ -36,14 +41,17 @@ def test_equal_records_have_no_difference(record):
 
 def test_the_first_difference_is_named(record):
     other = copy.deepcopy(record)
-    other.gradients["head.weight"][1] *= 1 + 1e-8
-    assert "the gradient of head.weight differs first" in first_difference(record, other)
-    other.gradients["stem.weight"] += 1e-6
-    assert "the gradient of stem.weight differs first" in first_difference(record, other)
     other.losses[1] += 1e-6
     assert first_difference(record, other).startswith("loss of step 1")
     other.masks[1] = ~other.masks[1]
     assert first_difference(record, other) == "masks of step 1"
+    other.gradients[0]["head.weight"][1] *= 1 + 1e-8
+    assert "the gradient of head.weight at step 0 differs first" in first_difference(record, other)
+    other.gradients[0]["stem.weight"] += 1e-6
+    assert "the gradient of stem.weight at step 0 differs first" in first_difference(record, other)
+    other.losses[0] += 1e-6
+    assert first_difference(record, other).startswith("loss of step 0")
+    assert "stem.weight" in first_difference(record, other), "it says where the loss came from"
     other.ids[0] = [2, 1]
     assert first_difference(record, other).startswith("sample ids of step 0: [2, 1]")
 
@@ -53,15 +61,30 @@ def test_not_a_number_is_a_difference(record):
     other.losses[0] = float("nan")
     assert first_difference(record, other).startswith("loss of step 0")
     other = copy.deepcopy(record)
-    other.gradients["stem.weight"][0] = float("nan")
+    other.gradients[0]["stem.weight"][0] = float("nan")
     assert "stem.weight" in first_difference(record, other)
 
 
+def test_gradients_that_only_one_group_has_are_a_difference(record):
+    other = copy.deepcopy(record)
+    del other.gradients[0]["head.weight"]
+    assert first_difference(record, other) == "the gradient of head.weight is missing at step 0"
+    assert first_difference(other, record) == "head.weight has a gradient at step 0 that it should not have"
+
+
 def test_a_resumed_record_is_compared_with_the_last_steps(record):
-    rest = Record(record.ids[1:], record.masks[1:], record.losses[1:], {"stem.weight": torch.zeros(3)})
+    rest = copy.deepcopy(Record(record.ids[1:], record.masks[1:], record.losses[1:], {1: record.gradients[1]}))
     assert first_difference(record, rest) == ""
+    assert agreed(record, rest) == "same samples, masks and losses of step 1, same 2 gradients of step 1"
+    rest.gradients[1]["head.weight"] *= 1 + 1e-8
+    assert "the gradient of head.weight at step 1 differs first" in first_difference(record, rest)
     rest.losses[0] += 1e-3
     assert first_difference(record, rest).startswith("loss of step 1")
+
+
+def test_a_resumed_record_without_gradients_is_a_difference(record):
+    rest = Record(record.ids[1:], record.masks[1:], record.losses[1:])
+    assert first_difference(record, rest) == "the gradient of stem.weight is missing at step 1"
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +124,62 @@ def test_bad_surroundings_are_named(data, tmp_path):
 
 @pytest.mark.long
 def test_a_whole_examination(data, tmp_path, capsys):
-    config = configured(data, tmp_path, "doctor.worlds=[1,2]")
+    config = configured(data, tmp_path, "train.micro_batch=4")
+    assert config.doctor.worlds == (1, 2, 4)
     assert doctor(config, "test") == 0
     text = capsys.readouterr().out
-    assert "2 ranks" in text
-    assert "kill and resume" in text
-    assert text.count("same samples, masks, losses and gradients") == 2
+    found = {re.split(r"  +", line)[1]: line for line in text.splitlines() if "same samples" in line}
+    assert list(found) == ["2 ranks", "4 ranks", "kill and resume"]
+    for what in ("2 ranks", "4 ranks"):
+        assert "same samples, masks and losses of steps 0 to 2" in found[what]
+        assert re.search(r"same \d\d+ gradients of step 0$", found[what])
+    assert "same samples, masks and losses of steps 1 to 2" in found["kill and resume"]
+    assert re.search(r"same \d\d+ gradients of step 1$", found["kill and resume"])
     assert "checks passed" in text
+
+
+def test_micro_batches_are_added_up_where_the_recipe_does_so(data, tmp_path):
+    for asked, taken in ((0, 0), (1, 1), (64, 2)):
+        config = configured(data, tmp_path, f"train.micro_batch={asked}", "doctor.worlds=[1,2]")
+        assert _short(config).train.micro_batch == taken
+
+
+FAULT = 1 + 1e-7
+
+
+@dataclass(frozen=True)
+class SpoiltOnResume(DoctorConfig):
+    """Settings that, where a spawned rank unpacks them, spoil one gradient of the first step after a resume."""
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if multiprocessing.current_process().name == "MainProcess":
+            return
+        restore = Engine.restore
+
+        def restored(engine):
+            restore(engine)
+            if engine.state.step:
+                take = engine.state.parallel.take_gradients
+
+                def spoilt():
+                    take()
+                    engine.state.parallel.trainable[-1][1].grad.mul_(FAULT)
+
+                engine.state.parallel.take_gradients = spoilt
+
+        Engine.restore = restored
+
+
+@pytest.mark.long
+def test_a_fault_in_only_the_resumed_gradient_is_named(data, tmp_path):
+    config = configured(data, tmp_path, "doctor.worlds=[1]", "doctor.steps=2")
+    found = {f.what: f for f in agreement.examine(SpoiltOnResume(**vars(config)))}
+    assert found["1 ranks"].state == "ok"
+    assert found["kill and resume"].state == "FAILED"
+    with Engine(_short(config), Silent(tmp_path / "look")) as engine:
+        name = engine.state.parallel.trainable[-1][0]
+    assert found["kill and resume"].detail.startswith(f"the gradient of {name} at step 1 differs first, by 1.0e-07")
 
 
 @pytest.mark.long
