@@ -85,10 +85,10 @@ def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     assert first.name in found[2].hosts, "the host that came back is used again"
     redone = check_lineage(found, total=4 * PER_EPOCH, batch=BATCH)
     assert redone >= 50  # steps 40 to 70 and 80 to 110
-    # The ledger's trace on storage is up to five seconds old when a host dies.
+    # The ledger's trace on storage is up to five seconds old when a host dies: of each kill it may miss 17 steps.
     ledger = whole.json("runs/killed/ledger.json")["ledger"]
     assert ledger["restarts"] == 2
-    assert 0 < ledger["redone_steps"] <= redone + 2
+    assert redone - 2 * 18 <= ledger["redone_steps"] <= redone + 2
     assert ledger["seconds"]["lost"] > 0
     assert ledger["seconds"]["restart"] > 0
     assert job.text.count("resumed from the checkpoint of step") == 2
