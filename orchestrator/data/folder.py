@@ -1,21 +1,23 @@
 """A writable folder that is either a local directory or a prefix in an object store.
 
-Runs (checkpoints, journals, run records) are written through this one door, so that the same code serves a laptop's disk
+Runs (checkpoints, journals, run records) are written through this one door: the same code serves a laptop's disk
 and a bucket. Reading of training data, which needs retries and integrity checks, is in the modules beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from orchestrator.data.errors import DataError
-from orchestrator.data.store import StoreConfig, open_client
+from orchestrator.data.store import StoreConfig, is_refusal, open_client
+
+T = TypeVar("T")
 
 
 class StorageError(DataError):
@@ -36,7 +38,18 @@ class Folder:
 
     def __init__(self, uri: str, config: StoreConfig | None = None) -> None:
         self.uri = uri.rstrip("/")
-        self._store: Any = _open(self.uri, config or StoreConfig())
+        self._config = config or StoreConfig()
+        self._store: Any = _open(self.uri, self._config)
+
+    def _ask(self, call: Callable[[Any], T]) -> T:
+        """One request. A refusal is answered by a new client: this one would keep credentials that were withdrawn."""
+        try:
+            return call(self._store)
+        except BaseError as error:
+            if self.local_path() is not None or not is_refusal(error):
+                raise
+            self._store = _open(self.uri, self._config)
+            return call(self._store)
 
     def put(self, key: str, data: bytes | Path, *, only_if_absent: bool = False) -> bool:
         """Writes one object atomically: a reader sees all of it or nothing.
@@ -45,7 +58,7 @@ class Folder:
             False when `only_if_absent` and the object was there already; it is left as it was.
         """
         try:
-            self._store.put(key, data, mode="create" if only_if_absent else "overwrite")
+            self._ask(lambda store: store.put(key, data, mode="create" if only_if_absent else "overwrite"))
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
@@ -60,7 +73,7 @@ class Folder:
             StorageError: anything else.
         """
         try:
-            return bytes(self._store.get(key).bytes())
+            return self._ask(lambda store: bytes(store.get(key).bytes()))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
         except (BaseError, OSError) as error:
@@ -70,7 +83,7 @@ class Folder:
         """Streams one object into a local file; raises as `get`."""
         try:
             with destination.open("wb") as file:
-                for chunk in self._store.get(key):
+                for chunk in self._ask(lambda store: store.get(key)):
                     file.write(chunk)
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
@@ -80,7 +93,7 @@ class Folder:
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
         try:
-            self._store.head(key)
+            self._ask(lambda store: store.head(key))
         except FileNotFoundError:
             return False
         except (BaseError, OSError) as error:
@@ -90,7 +103,7 @@ class Folder:
     def modified(self, key: str) -> float:
         """When the object was written, in Unix seconds of the storage's own clock; raises as `get`."""
         try:
-            return float(self._store.head(key)["last_modified"].timestamp())
+            return self._ask(lambda store: float(store.head(key)["last_modified"].timestamp()))
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
         except (BaseError, OSError) as error:
@@ -99,7 +112,7 @@ class Folder:
     def names(self, prefix: str = "") -> list[str]:
         """Names directly below `prefix` (folders without a trailing slash), sorted."""
         try:
-            listed = self._store.list_with_delimiter(f"{prefix}/" if prefix else None)
+            listed = self._ask(lambda store: store.list_with_delimiter(f"{prefix}/" if prefix else None))
         except FileNotFoundError:
             return []
         except (BaseError, OSError) as error:
@@ -111,16 +124,19 @@ class Folder:
         """Removes objects; what is not there is no error."""
         for key in keys:
             try:
-                self._store.delete(key)
+                self._remove(key)
             except FileNotFoundError:
                 continue
             except (BaseError, OSError) as error:
                 raise StorageError(f"cannot delete {self.uri}/{key}: {_short(error)}") from error
 
+    def _remove(self, key: str) -> None:
+        self._ask(lambda store: store.delete(key))
+
     def delete_tree(self, prefix: str) -> None:
         """Removes every object below `prefix`, and the empty local directory that is left."""
         try:
-            keys = [item["path"] for batch in self._store.list(f"{prefix}/") for item in batch]
+            keys = self._ask(lambda store: [item["path"] for batch in store.list(f"{prefix}/") for item in batch])
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot list {self.uri}/{prefix}: {_short(error)}") from error
         self.delete(keys)
@@ -144,7 +160,9 @@ def _open(uri: str, config: StoreConfig) -> Any:
             return LocalStore(Path(uri.removeprefix("file://")).expanduser(), mkdir=True)
         return open_client(uri, config)
     except (BaseError, OSError, ValueError) as error:
-        raise StorageError(f"cannot open {uri!r}: {_short(error)}. Use a path, file://, s3://, gs:// or az://") from error
+        raise StorageError(
+            f"cannot open {uri!r}: {_short(error)}. Use a path, file://, s3://, gs:// or az://"
+        ) from error
 
 
 def _short(error: BaseException) -> str:

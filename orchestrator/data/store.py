@@ -344,12 +344,18 @@ def _missing(where: str, uri: str, error: Exception) -> NotFoundError:
     return NotFoundError(f"{where}: no such object")
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether a server said that these credentials may not do this; of a list it comes as a general error."""
+    kinds = obx.UnauthenticatedError | obx.PermissionDeniedError
+    return isinstance(error, kinds) or _REFUSED.search(str(error)) is not None
+
+
 def _explain(where: str, error: Exception) -> str:
     text = str(error)
     if "error sending request" in text or "ConnectError" in text:
         detail = _first_line(error)[-160:]
         return f"{where}: the server cannot be reached; check the endpoint and the network ({detail})"
-    if isinstance(error, obx.UnauthenticatedError | obx.PermissionDeniedError) or _REFUSED.search(text):
+    if is_refusal(error):
         return (
             f"{where}: access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the role of "
             "this machine) and the bucket's policy"
