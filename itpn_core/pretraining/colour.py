@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from itpn_core.constants import constant
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision's grey conversion
 
 
@@ -23,4 +25,4 @@ def recolour(x_B3HW: Tensor, factor_B3: Tensor) -> Tensor:
 
 
 def _grey(x_B3HW: Tensor) -> Tensor:
-    return (x_B3HW * x_B3HW.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+    return (x_B3HW * constant(_LUMA, x_B3HW.dtype, x_B3HW.device)[:, None, None]).sum(1, keepdim=True)

@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from itpn_core.constants import constant
 from itpn_core.errors import ConfigError
 from itpn_core.random import derive, uniform
 
@@ -145,7 +146,7 @@ def block_mask(keys_B: Tensor, grid: tuple[int, int], count: int) -> Tensor:
     """
     cells = _check(grid, count)
     draws_BT4 = uniform(derive(keys_B, "mask_block"), 4 * TRIES).to(torch.float64).view(-1, TRIES, 4)
-    roots = torch.tensor(ASPECT_ROOTS, dtype=torch.float64, device=keys_B.device)
+    roots = constant(ASPECT_ROOTS, torch.float64, keys_B.device)
     mask_BHW = torch.zeros(keys_B.shape[0], *grid, dtype=torch.bool, device=keys_B.device)
     skipped_B = torch.zeros_like(keys_B)
     for draws_B4 in draws_BT4.unbind(1):

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -222,7 +222,7 @@ class CheckpointStore:
         state: dict[str, Any] | None = None
         with tempfile.TemporaryDirectory(prefix="checkpoint-") as scratch:
             try:
-                marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
+                marker = _marker(self._folder.get(f"{where}/{MARKER}"))
                 for name, expected in marker["files"].items():
                     path = Path(scratch, name)
                     # Checkpoints from before there were fencing numbers have no stamp.
@@ -235,7 +235,7 @@ class CheckpointStore:
                     path.unlink()  # one file at a time: a rank needs room for one part, not for all
             except ShapeError as error:
                 raise MisfitError(f"the checkpoint of step {step} does not fit this model: {error}") from None
-            except (FileNotFoundError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+            except (FileNotFoundError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
                 raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
         if state is None or found.incomplete():
             raise CheckpointError(f"{self._folder.uri}/{where}: {', '.join(found.incomplete()) or STATE} is incomplete")
@@ -245,9 +245,9 @@ class CheckpointStore:
         """What one checkpoint holds besides tensors; raises as `load`."""
         where = f"checkpoints/{_name(step)}"
         try:
-            marker = json.loads(self._folder.get(f"{where}/{MARKER}"))
+            marker = _marker(self._folder.get(f"{where}/{MARKER}"))
             found: dict[str, Any] = json.loads(self._folder.get(f"{where}/{marker.get('stamp', '')}{STATE}"))
-        except (FileNotFoundError, json.JSONDecodeError) as error:
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
             raise CheckpointError(f"{self._folder.uri}/{where}: {type(error).__name__}: {error}") from None
         return found
 
@@ -383,6 +383,18 @@ def _name(step: int) -> str:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _marker(text: bytes) -> dict[str, Any]:
+    """What a marker says; KeyError where something else than a marker is there."""
+    marker = json.loads(text)
+    files = marker.get("files") if isinstance(marker, dict) else None
+    if not isinstance(files, dict):
+        raise KeyError("no list of files in the marker")
+    for name, file in files.items():
+        if Path(name).name != name or not isinstance(file, dict) or {"bytes", "sha256"} - file.keys():
+            raise KeyError(f"{name!r} in the marker is no file with bytes and sha256")
+    return cast(dict[str, Any], marker)
 
 
 def _verify(path: Path, expected: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from itpn_core.constants import constant
 from itpn_core.pretraining.colour import recolour
 from itpn_core.random import stream_keys, uniform
 from orchestrator.data.config import AugmentConfig
@@ -29,7 +30,8 @@ def augment(images_B3HW: Tensor, ids_B: Tensor, seed: int, epoch: int, config: A
         flipped_B = uniform(stream_keys(seed, epoch, ids_B, "flip"), 1)[:, 0] < config.flip
         x_B3HW = torch.where(flipped_B[:, None, None, None], x_B3HW.flip(-1), x_B3HW)
     if max(config.brightness, config.contrast, config.saturation) > 0:
-        strength_3 = x_B3HW.new_tensor([config.brightness, config.contrast, config.saturation])
+        strengths = (config.brightness, config.contrast, config.saturation)
+        strength_3 = constant(strengths, x_B3HW.dtype, x_B3HW.device)
         draws_B3 = uniform(stream_keys(seed, epoch, ids_B, "colour"), 3)
         x_B3HW = recolour(x_B3HW, 1.0 + strength_3 * (2.0 * draws_B3 - 1.0))
     return x_B3HW

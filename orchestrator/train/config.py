@@ -48,7 +48,7 @@ class GuardConfig:
     )
     evaluate_s: float = field(default=3600.0, metadata={"affects_result": False, "help": "as hang_s, for evaluation"})
     restore_s: float = field(
-        default=7200.0, metadata={"affects_result": False, "help": "as hang_s, for starting, saving and the end"}
+        default=7200.0, metadata={"affects_result": False, "help": "as hang_s, for starting and for the end"}
     )
 
 

@@ -29,7 +29,7 @@ from orchestrator.train.monitor import Monitor
 from orchestrator.train.optimizer import peak_lr
 from orchestrator.train.outcome import Outcome
 from orchestrator.train.parallel import open_mesh
-from orchestrator.train.profile import Profiler
+from orchestrator.train.profile import ProfileConfig, Profiler
 from orchestrator.train.records import RunRecords
 from orchestrator.train.saving import Saver, changed_since, fingerprints, follow_leader, load_agreed
 from orchestrator.train.step import Step
@@ -75,7 +75,8 @@ class Engine:
             config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.peak_lr,
             self.order,
         )  # fmt: skip
-        self.profiler = Profiler(config.profile, run.directory, self.records.trace)
+        profiled = ProfileConfig() if run.rank else config.profile  # ranks of a host share the directory
+        self.profiler = Profiler(profiled, run.directory, self.records.trace)
         self._loader: Loader | None = None
         self._evaluated = -1
         self._apart = config.eval.where == "beside"  # the launcher has resolved "auto"
@@ -237,8 +238,10 @@ class Engine:
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save_due(self) -> bool:
-        # The end of an epoch decides by itself.
-        return self.state.step % self.steps_per_epoch != 0 and self.saver.due(self.state.step)
+        at_border = self.state.step % self.steps_per_epoch == 0 or self.finished()
+        if at_border and self.epoch_save_due():
+            return False  # the loop saves there by itself
+        return self.saver.due(self.state.step)
 
     def epoch_save_due(self) -> bool:
         """Whether the end of this epoch, or of the run, calls for a checkpoint."""
@@ -264,6 +267,7 @@ class Engine:
 
     def _settle(self, *, stopping: bool) -> None:
         """Waits until the state is on storage; ranks that have nothing to add need not wait."""
+        self.watchdog.end()
         self.watchdog.collective("seconds of all ranks")
         self.goodput.end(self.state.step)
         if self._all_save or self.run.rank == 0:

@@ -64,6 +64,7 @@ class Watchdog:
         patience_s: float = 0.0,
     ) -> None:
         self._patience_s = patience_s
+        self._ending = False
         self.position = Position()
         self._config = config
         self._run = run
@@ -113,12 +114,17 @@ class Watchdog:
         self.position.collective = name
         self.position.collectives += 1
 
+    def end(self) -> None:
+        """No step follows: what is left is to bring everything onto storage."""
+        self._ending = True
+
     def limit(self, phase: str) -> float:
         """Seconds that one span of a class may last."""
         config = self._config
         first = self.position.step < 0
         own = {"compile": config.compile_s, "evaluation": config.evaluate_s, "compute": config.compile_s * first}
-        if phase in ("restart", "checkpoint", ""):
+        # A common save only copies; at the end a rank waits for storage, and for the ranks that write.
+        if phase == "restart" or self._ending:
             return config.restore_s
         median = statistics.median(self._durations) if self._durations else 0.0
         return max(own.get(phase, 0.0), config.hang_s, 10 * median, self._patience_s)

@@ -128,6 +128,15 @@ def test_profile_leaves_a_trace_of_the_steps(data, tmp_path):
     assert "aten::addmm" in names or "aten::linear" in names
 
 
+def test_only_rank_0_is_traced(data, tmp_path):
+    """Ranks of a host share the run's directory."""
+    config = tiny_config(data, tmp_path, "profile.steps=2..3")
+    with Engine(config, LocalRun(config, 1, 2)) as engine:
+        engine.profiler.before(2)
+        engine.profiler.after(3)
+    assert not (LocalRun(config).directory / "profile").exists()
+
+
 @pytest.mark.parametrize("text", ["5", "5..3", "a..b", "1...2"])
 def test_a_profile_range_is_checked(text):
     with pytest.raises(ConfigError, match=r"profile.steps.*10\.\.15"):

@@ -81,6 +81,30 @@ def test_damaged_checkpoint_is_passed_over(data, uninterrupted, tmp_path, caplog
     assert losses(second) == uninterrupted
 
 
+@pytest.mark.parametrize(
+    "marker",
+    [b"", b"\xff\xfe\x00", b"[]", b"null", b'{"files": []}', b'{"files": {"state.json": 7}}',
+     b'{"files": {"../state.json": {"bytes": 1, "sha256": ""}}}'],
+)  # fmt: skip
+def test_a_damaged_marker_is_passed_over(data, tmp_path, marker):
+    config = tiny_config(data, tmp_path)
+    train(config, LocalRun(config))
+    (LocalRun(config).directory / "checkpoints" / "step-00000008" / MARKER).write_bytes(marker)
+    store = CheckpointStore(LocalRun(config).folder, keep=3)
+    assert store.load_newest().step == 4
+    assert "the checkpoint of step 8 is damaged and is passed over" in store.passed_over[0]
+    with pytest.raises(CheckpointError):
+        store.state_of(8)
+
+
+@pytest.mark.parametrize("words", [("checkpoint.every_steps=4",), ("checkpoint.every_minutes=0.000001",)])
+def test_triggers_hold_at_the_end_of_an_epoch_too(data, tmp_path, words):
+    """Windows end with epochs of four steps only; the end of an epoch by itself calls for no checkpoint."""
+    config = tiny_config(data, tmp_path, "checkpoint.every_epochs=0", "train.log_every=100", *words)
+    train(config, LocalRun(config))
+    assert CheckpointStore(LocalRun(config).folder, keep=9).steps() == [4, 8]
+
+
 def test_checkpoint_without_its_marker_does_not_exist(data, tmp_path):
     config = tiny_config(data, tmp_path)
     train(config, LocalRun(config))
