@@ -16,25 +16,18 @@ import pytest
 from orchestrator.checkpoint.runlog import RunLog
 from orchestrator.data.folder import Folder
 from tests.e2e.test_job_submit import RAY, free_port
-from tests.support import TINY, write_shards
+from tests.support import TINY, job_environment, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """Environment of jobs on a Ray head of our own, ended by its process group."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "data").mkdir()
-    Path(write_shards(tmp_path_factory.mktemp("made"), per_class=40)).rename(home / "data" / "fashion-mnist")
+@contextlib.contextmanager
+def ray_head(home, environment):
+    """A Ray head of our own, ended by its process group; gives the environment of jobs on it."""
     token = home / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
-    environment = {
-        **clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "ITPN_HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    environment = {**environment, "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": str(ROOT)}
     temp, port = (
         Path("/tmp") / f"ray-one-{os.getpid()}",
         free_port(),
@@ -53,9 +46,19 @@ def cluster(tmp_path_factory):
             assert head.poll() is None, (home / "head.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.5)
-        yield {**environment, "RAY_ADDRESS": address}
-        os.killpg(head.pid, signal.SIGKILL)
+        try:
+            yield {**environment, "RAY_ADDRESS": address}
+        finally:
+            os.killpg(head.pid, signal.SIGKILL)
     shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Environment of jobs on a Ray head of our own."""
+    home = write_home(tmp_path_factory.mktemp("root"))
+    with ray_head(home, job_environment(home)) as environment:
+        yield environment
 
 
 def command(*words):

@@ -1,0 +1,128 @@
+"""What a person sees when storage, MLflow, a disk or a rank fails under a real job: exit code, state, what is left."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.data.folder import Folder
+from orchestrator.data.store import StoreConfig
+from tests.e2e.test_one_driver import ray_head
+from tests.faults.gate import Gate
+from tests.support import TINY, job_environment, write_home
+
+ROOT = Path(__file__).resolve().parents[2]
+SLOW = (
+    "train.log_every=1",
+    "checkpoint.every_steps=2",
+    "checkpoint.every_epochs=0",
+    "eval.where=inside",
+    "data.prefetch=1",
+)
+ENDLESS = (*SLOW, "train.epochs=100000")
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+
+
+class Surroundings:
+    """A Ray head, a home with data, and an S3 server whose door can be shut."""
+
+    def __init__(self, gate, home, environment):
+        self.gate, self.home, self.environment = gate, home, environment
+
+    def start(self, *words, program="jobs/pretrain.py"):
+        self.gate.refuse = lambda method, path: False
+        command = [
+            sys.executable, program, *TINY, "cluster.workers=1", "eval.queries=8", "data.store.retries=1",
+            f"data.store.endpoint={self.gate.endpoint}", *words,
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def folder(self, name, where=""):
+        return Folder(f"{where or self.home / 'runs'}/{name}", StoreConfig(endpoint=self.gate.endpoint))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    home = write_home(tmp_path_factory.mktemp("root"))
+    with Gate() as gate, pytest.MonkeyPatch.context() as patch:
+        for bucket in ("data", "runs"):
+            gate.client.create_bucket(Bucket=bucket)
+        for path in (home / "data" / "fashion-mnist").iterdir():
+            gate.client.upload_file(str(path), "data", f"set/{path.name}")
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in gate.environment(home).items():
+            patch.setenv(name, value)
+        with ray_head(home, job_environment(home)) as environment:
+            yield Surroundings(gate, home, environment)
+
+
+def wait_for(what, done, job, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def ended(job, code, seconds=120):
+    text = job.communicate(timeout=seconds)[0]
+    assert job.returncode == code, text
+    assert "Traceback" not in text
+    return text
+
+
+def committed(folder):
+    return CheckpointStore(folder, keep=3).steps()
+
+
+def record(folder):
+    return json.loads(folder.get("run.json"))
+
+
+def test_data_that_stay_away_end_the_run_with_4(here):
+    folder = here.folder("away")
+    job = here.start("run.name=away", "data.source=s3://data/set", "data.store.give_up_s=3", *ENDLESS)
+    wait_for("two commits", lambda: len(committed(folder)) > 1, job)
+    here.gate.refuse = lambda method, path: path.startswith("/data/")
+    text = ended(job, 4)
+    assert "error: training data could not be read for 3 s (data.store.give_up_s)" in text
+    assert "access refused; check the credentials" in text
+    assert record(folder)["state"] == "failed"
+    assert "data.store.give_up_s" in record(folder)["history"][-1]["reason"]
+    assert CheckpointStore(folder, keep=3).load_newest().step == committed(folder)[-1]
+
+
+def test_checkpoint_storage_that_stays_away_ends_the_run_with_4_and_training_goes_on_till_then(here):
+    folder = here.folder("full", "s3://runs")
+    job = here.start(
+        "run.name=full", "run.storage=s3://runs", "checkpoint.max_age_s=3", "checkpoint.retry_s=0.5", *ENDLESS
+    )
+    wait_for("two commits", lambda: len(committed(folder)) > 1, job)
+    here.gate.refuse = lambda method, path: method == "PUT" and "/checkpoints/" in path
+    text = ended(job, 4)
+    warning, error = text.index("warning: a checkpoint was not saved"), text.index("error: no checkpoint could be")
+    assert warning < error
+    assert re.search(r"no checkpoint could be committed for \d+ s, longer than checkpoint.max_age_s=3 allows", text)
+    last = CheckpointStore(folder, keep=3).load_newest()
+    assert last.step == committed(folder)[-1]
+    assert record(folder)["state"] == "failed"
+    windows = journal(here, folder)
+    failed = {values["checkpoint/failed"]: step for step, values in windows if values.get("checkpoint/failing")}
+    assert max(failed) > 1, "saves were tried again"
+    assert max(step for step, _ in windows) > min(failed.values()) > last.step, "training went on meanwhile"
+
+
+def journal(here, folder):
+    """(step, values) of all metrics that rank 0 of a run in the bucket wrote, on this host."""
+    place = Path("/tmp") / f"itpn-run-{record(folder)['run_uid']}" / "track" / "journal"
+    lines = [json.loads(line) for path in sorted(place.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+    return [(line["step"], line["values"]) for line in lines if line["kind"] == "metrics"]
