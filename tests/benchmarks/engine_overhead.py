@@ -1,6 +1,6 @@
 """Steps of the engine under Ray Train beside the same steps under plain torchrun, in alternating blocks.
 
-    python tests/benchmarks/engine_overhead.py [--blocks 12] [--steps 10] [--world 2]
+    python tests/benchmarks/engine_overhead.py [--blocks 40] [--steps 10] [--world 2]
 
 Both groups live at the same time and take turns; the one whose turn it is not waits. Printed are both medians, the
 median ratio of neighbouring blocks and its 95% interval (bootstrap).
@@ -156,7 +156,7 @@ def interval(ratios: list[float], draws: int = 10_000) -> tuple[float, float]:
 def main() -> None:
     """Parses the command line, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--blocks", type=int, default=40)
     parser.add_argument("--steps", type=int, default=10, help="steps per block")
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
