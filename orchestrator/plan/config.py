@@ -12,10 +12,13 @@ class ForecastConfig:
     """For which devices to plan."""
 
     devices: int = field(default=0, metadata={"help": "devices to plan for; 0 = cluster.workers"})
+    node_devices: int = field(
+        default=8, metadata={"help": "devices of a node: those that share a copy where train.parallel=hybrid"}
+    )
     utilisation: float = field(
         default=0.4, metadata={"help": "share of train.peak_tflops that is expected to be reached, if a peak is stated"}
     )
-    probe_steps: int = field(default=3, metadata={"help": "steps that are really run here, after one for warming up"})
+    probe_steps: int = field(default=3, metadata={"help": "steps that are timed here, after two others"})
     probe_batch: int = field(default=16, metadata={"help": "images per step of the probe"})
     forget: bool = field(default=False, metadata={"help": "forecast only, also when the run has been done already"})
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+from itpn_core.errors import ConfigError
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.tree import PretrainConfig
+from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
 from orchestrator.launch.check import check
 from orchestrator.plan.config import PlanConfig
 from orchestrator.plan.forecast import Job, Probe, forecast
 from orchestrator.plan.probe import probe
 from orchestrator.plan.report import outcome, table
+from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.history import RunHistory, load_history
+from orchestrator.track.identity import write_identity
 from orchestrator.train.build import training_order
 
 
@@ -24,14 +29,15 @@ def plan(config: PlanConfig, recipe: str) -> int:
     job = _job(config, manifest, measured)
     fields = {**result_fields(config, manifest.fingerprint), **checked.inputs}
     name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
-    history = None if config.plan.forget else _history(f"{config.run.storage}/{name}")
-    happened = outcome(history, config.train.global_batch) if history else {}
+    history = None if config.plan.forget else _history(config, name)
+    happened = outcome(history) if history else {}
     basis = (
         f"{config.plan.utilisation:.0%} of the stated peak of {config.train.peak_tflops:g} TFLOP/s"
         if config.train.peak_tflops
         else f"{config.plan.probe_steps} steps on {measured.device}, {measured.images_per_second:.1f} images/s"
     )
-    title = f"{name}: {job.devices} devices, {job.global_batch} images per step; speed from {basis}"
+    copies = f"{job.devices} devices" + (f" with a part of {job.parts} each" if job.parts > 1 else "")
+    title = f"{name}: {copies}, {job.global_batch} images per step; speed from {basis}"
     print(table(forecast(measured, job), happened, title))
     return 0
 
@@ -48,6 +54,7 @@ def _job(config: PlanConfig, manifest: Manifest, measured: Probe) -> Job:
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
         devices=devices,
+        parts=_parts(config, devices),
         steps=steps,
         steps_per_epoch=per_epoch,
         samples=split.samples,
@@ -66,6 +73,27 @@ def _saves(config: PretrainConfig, steps: int, per_epoch: int, seconds: float) -
     return max(1, by_step + by_epoch, by_time)
 
 
-def _history(uri: str) -> RunHistory | None:
-    place = Path(uri)
-    return load_history(place) if "://" not in uri and (place / "track").is_dir() else None
+def _parts(config: PlanConfig, devices: int) -> int:
+    """Devices that share one copy of the model, as `train.parallel` arranges them."""
+    train = config.train
+    if train.parallel != "hybrid" or devices == 1:
+        return devices if train.parallel == "shard" else 1
+    key = "train.shard_ranks" if train.shard_ranks else "plan.node_devices"
+    parts = train.shard_ranks or min(config.plan.node_devices, devices)
+    if parts < 1 or devices % parts:
+        raise ConfigError(key, parts, f"hybrid needs copies of equal size: it must divide the {devices} devices")
+    return parts
+
+
+def _history(config: PlanConfig, name: str) -> RunHistory | None:
+    """What the run of this name has recorded; None when there is none."""
+    uri = f"{config.run.storage}/{name}"
+    if "://" not in uri:
+        return load_history(Path(uri)) if (Path(uri) / "track").is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="plan-") as scratch:
+        place = Path(scratch)
+        CommittedJournal(Folder(uri, config.data.store), place).restore()
+        if not (place / "track").is_dir():
+            return None
+        write_identity(place, "", name, "", "")  # that of the run stays on its hosts
+        return load_history(place)

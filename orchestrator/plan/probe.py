@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn_core.evaluation.cost import training_flops
 from orchestrator.config.tree import PretrainConfig
-from orchestrator.plan.forecast import Probe
+from orchestrator.plan.forecast import Held, Probe
 from orchestrator.train.context import Silent
 from orchestrator.train.engine import Engine
-from orchestrator.train.state import TrainState
+from orchestrator.train.parallel import units
 
 
 def probe(config: PretrainConfig, steps: int, batch: int) -> Probe:
@@ -24,7 +27,7 @@ def probe(config: PretrainConfig, steps: int, batch: int) -> Probe:
 
     Args:
         config: resolved configuration of the run.
-        steps: timed steps, after one for warming up.
+        steps: timed steps, after one for warming up and one for the memory.
         batch: images per step.
     """
     cuda = torch.cuda.is_available() and config.cluster.device != "cpu"
@@ -41,7 +44,7 @@ def _short(config: PretrainConfig, steps: int, batch: int, scratch: str) -> Pret
     """The recipe cut to a few steps; what is measured per image and per step stays as it is."""
     return replace(
         config,
-        train=replace(config.train, global_batch=batch, micro_batch=0, max_steps=steps + 1, log_every=1),
+        train=replace(config.train, global_batch=batch, micro_batch=0, max_steps=steps + 2, log_every=1),
         objective=replace(config.objective, target_samples=min(config.objective.target_samples, batch)),
         track=replace(config.track, follow=False, system_every_s=0.0, uri=f"sqlite:///{scratch}/mlflow.db"),
         run=replace(config.run, storage=scratch, name="probe"),
@@ -54,24 +57,26 @@ def _measure(engine: Engine, device: torch.device, batch: int) -> Probe:
         with engine.batches() as batches:
             for part in batches:
                 began = time.perf_counter()
-                if state.step == 0:
-                    memory = _activation_bytes(engine, part, device)
-                else:
+                # The first step also makes the moments, and compiles.
+                with activations(state.task, device) if state.step == 1 else nullcontext() as found:
                     engine.step(part)
                     engine.read_window()  # waits for the device
+                if found is not None:
+                    memory = found.bytes
+                elif state.step > 1:
                     seconds.append(time.perf_counter() - began)
     began = time.perf_counter()
     snapshot = state.snapshot({})
     copied = time.perf_counter() - began
     task, config = state.task, engine.config
-    trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
     teacher = getattr(task, "teacher", None)
     grid = task.student.grid
     return Probe(
         parameters=sum(p.numel() for p in task.student.parameters()),
-        trained=trained,
         teacher_parameters=sum(p.numel() for p in teacher.parameters()) if teacher is not None else 0,
-        state_bytes=_state_bytes(state) + sum(_bytes(p) for p in task.parameters() if p.requires_grad),
+        held=held(task),
+        averaged=bool(state.average.tensors),
+        fixed_bytes=sum(_bytes(t) for t in [*task.buffers(), *(_tensors(teacher) if teacher is not None else [])]),
         activation_bytes_per_image=memory / batch,
         checkpoint_bytes=sum(_bytes(t) for t in snapshot.tensors.values()),
         copy_seconds=copied,
@@ -82,17 +87,62 @@ def _measure(engine: Engine, device: torch.device, batch: int) -> Probe:
     )
 
 
-def _activation_bytes(engine: Engine, part: Any, device: torch.device) -> float:
-    """Memory of one step beyond the state: the allocator's on CUDA, elsewhere what the backward pass keeps."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        engine.step(part)
-        engine.read_window()
-        # The first step also made gradients and moments.
-        grown = sum(_bytes(p) for p in engine.state.task.parameters() if p.requires_grad) * 3
-        return max(0.0, float(torch.cuda.max_memory_allocated(device) - before - grown))
-    known = {p.untyped_storage().data_ptr() for p in engine.state.task.parameters()}
+@dataclass
+class Activations:
+    """Most bytes that a step needed beyond weights, moments, averages and gradients."""
+
+    bytes: float = 0.0
+
+
+@contextmanager
+def activations(task: nn.Module, device: torch.device) -> Iterator[Activations]:
+    """Measures one step: the allocator's peak on CUDA, elsewhere what the backward pass keeps."""
+    if device.type != "cuda":
+        with _kept(task) as found:
+            yield found
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    with beyond(task, torch.cuda.memory_allocated(device), partial(torch.cuda.max_memory_allocated, device)) as found:
+        yield found
+
+
+@contextmanager
+def beyond(task: nn.Module, before: int, peak: Callable[[], int]) -> Iterator[Activations]:
+    """Takes from an allocator's peak what was there before the step, and the gradients that were alive at the peak.
+
+    Args:
+        task: its gradients are counted as they come.
+        before: bytes allocated before the step.
+        peak: highest number of bytes allocated so far.
+    """
+    found = Activations()
+    gradients = highest = 0
+
+    def look() -> None:
+        nonlocal highest
+        now = peak()
+        if now > highest:
+            highest = now
+            found.bytes = max(0.0, float(now - before - gradients))
+
+    def come(parameter: Tensor) -> None:
+        nonlocal gradients
+        look()  # the peak may have been before this gradient came, so it is not among those taken off yet
+        gradients += _bytes(parameter)
+
+    trained: list[Any] = [p for p in task.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(come) for p in trained]
+    try:
+        yield found
+        look()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _kept(task: nn.Module) -> Iterator[Activations]:
+    known = {p.untyped_storage().data_ptr() for p in task.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -101,19 +151,28 @@ def _activation_bytes(engine: Engine, part: Any, device: torch.device) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    found = Activations()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        engine.step(part)
-    engine.read_window()
-    return float(sum(kept.values()))
+        yield found
+    found.bytes = float(sum(kept.values()))
 
 
-def _state_bytes(state: TrainState) -> int:
-    tensors = [*state.task.parameters(), *state.task.buffers(), *state.average.tensors.values()]
-    teacher = getattr(state.task, "teacher", None)
-    if teacher is not None:
-        tensors += [*teacher.parameters(), *teacher.buffers()]
-    moments = [value for each in state.optimizer.state.values() for value in each.values()]
-    return sum(_bytes(t) for t in tensors + moments)
+def held(task: nn.Module) -> tuple[Held, ...]:
+    """The task's parameters, with the block that each would be gathered with."""
+    block_of = {id(p): number for number, block in enumerate(units(task), start=1) for p in block.parameters()}
+    return tuple(
+        Held(
+            rows=p.shape[0] if p.ndim else 1,
+            row_bytes=_bytes(p) // max(1, p.shape[0] if p.ndim else 1),
+            trained=p.requires_grad,
+            block=block_of.get(id(p), 0),
+        )
+        for p in task.parameters()
+    )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _bytes(tensor: Tensor) -> int:
