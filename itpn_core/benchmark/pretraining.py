@@ -3,7 +3,10 @@
 A step is what the training engine does on one device: targets of a frozen teacher, forward, backward, clipping and
 AdamW, in bf16 on CUDA. The naive step computes the same numbers from the same model, but attention is materialised, the
 optimizer goes tensor by tensor and every step ends with `.item()`. The data are random and stay on the device; all is
-interleaved in one run. Needs torch, timm and numpy; the teacher's weights are random.
+interleaved in one run. Needs torch, timm (with what it requires itself) and numpy; the teacher's weights are random.
+
+"step MB" is what one step needs at its peak beyond state: activations, gradients, work space (the allocator's peak on
+CUDA, live tensors elsewhere). "total MB" adds the state of that step alone: weights, teacher, buffers, moments.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +68,11 @@ def main(options: argparse.Namespace) -> None:
         task = _task(student, options, device)
         flops = training_flops(task, options.size, device)
         print(f"\n{student}, width {options.width}, depths {options.depths}: {flops / 1e9:.2f} GFLOP per image\n")
-        print("| images | step | images/s | against naive | % of peak | memory MB | kernels |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| images | step | images/s | against naive | % of peak | step MB | total MB | "
+            f"{'kernels' if device.type == 'cuda' else 'operators'} |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
         for batch in map(int, options.batches.split(",")):
             for row in _rows(task, options, batch, flops, peak, device):
                 print(row, flush=True)
@@ -119,6 +128,18 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         self.loss = loss.item() if self._naive else loss.detach()
 
+    def state_bytes(self) -> int:
+        """Of what stays between two steps: weights, buffers, the frozen teacher, this optimizer's moments."""
+        teacher = getattr(self._task, "teacher", None)
+        modules = [self._task] if teacher is None else [self._task, teacher]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        tensors += [moment for each in self._optimizer.state.values() for moment in each.values()]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    def drop_gradients(self) -> None:
+        """Frees what a step that failed has left."""
+        self._optimizer.zero_grad(set_to_none=True)
+
 
 def compiled(task: Task) -> Task:
     """The same task with every block compiled in place, and the teacher as a whole."""
@@ -142,34 +163,98 @@ def _rows(
     images = torch.rand(batch, 3, options.size, options.size, device=device)
     number = torch.arange(batch, device=device)
     examples = Examples(images, number * 0, number >= 0, number)
-    eager = TrainingStep(task, examples, naive=False)
-    calls: dict[str, Callable[[], Any]] = {"naive": TrainingStep(task, examples, naive=True), "eager": eager}
+    makers: dict[str, Callable[[], TrainingStep]] = {
+        "naive": partial(TrainingStep, task, examples, naive=True),
+        "eager": partial(TrainingStep, task, examples, naive=False),
+    }
     if not options.no_compile:
-        calls["compiled"] = TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
-    try:
-        seconds = interleaved_seconds(calls, device, options.rounds, 2)
-        memory = {name: peak_bytes(call, device) for name, call in calls.items()}
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return [f"| {batch} | all | out of memory | | | | |"]
-    gain = ratios(seconds, "naive")
+        makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
+    found = measure(makers, device, options.rounds)
+    gain = ratios({name: each.seconds for name, each in found.items()}, "naive") if "naive" in found else {}
     lines = []
-    for name, values in seconds.items():
-        rate = Spread.of([batch / second for second in values])
+    for name in makers:
+        if name not in found:
+            lines.append(f"| {batch} | {name} | out of memory | - | - | - | - | - |")
+            continue
+        each = found[name]
+        rate = Spread.of([batch / second for second in each.seconds])
         share = f"{100 * rate.median * flops / (peak * 1e12):.1f}" if peak else "-"
         lines.append(
-            f"| {batch} | {name} | {rate} | {gain[name]} | {share} | {memory[name] / 2**20:.0f} | "
-            f"{kernels(calls[name], device)} |"
+            f"| {batch} | {name} | {rate} | {gain.get(name, '-')} | {share} | {each.step_bytes / 2**20:.0f} | "
+            f"{(each.step_bytes + each.state_bytes) / 2**20:.0f} | {each.kernels} |"
         )
     return lines
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one kind of step took."""
+
+    seconds: list[float]
+    step_bytes: int
+    state_bytes: int
+    kernels: int
+
+
+def measure(makers: Mapping[str, Callable[[], TrainingStep]], device: torch.device, rounds: int) -> dict[str, Measured]:
+    """Measures steps in interleaved rounds; one that does not fit into the device's memory is left out, alone.
+
+    Args:
+        makers: by name, what makes a step.
+        device: of the steps.
+        rounds: timed rounds.
+    """
+    steps: dict[str, TrainingStep] = {}
+    for name, make in makers.items():
+        with contextlib.suppress(torch.OutOfMemoryError):
+            steps[name] = make()
+        _free(steps, device)
+    while steps:
+        running = ""
+
+        def run(name: str) -> None:
+            nonlocal running
+            running = name
+            steps[name]()
+
+        calls = {name: partial(run, name) for name in steps}
+        try:
+            for call in calls.values():  # a step that does not fit ends here, not after minutes
+                call()
+            seconds = interleaved_seconds(calls, device, rounds, 1)
+            return {
+                name: Measured(
+                    seconds[name], peak_bytes(call, device), steps[name].state_bytes(), kernels(call, device)
+                )
+                for name, call in calls.items()
+            }
+        except torch.OutOfMemoryError:
+            steps.pop(running).drop_gradients()
+        _free(steps, device)
+    return {}
+
+
+def _free(steps: Mapping[str, TrainingStep], device: torch.device) -> None:
+    for step in steps.values():
+        step.drop_gradients()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def kernels(call: Callable[[], Any], device: torch.device) -> int:
-    """Kernels that one call starts on a GPU; on a CPU the operators that it runs."""
+    """Kernels that one call starts on a GPU, without copies and fills; on a CPU the operators that it runs."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as trace:
         call()
-    events = trace.events() or []
     if device.type == "cuda":
-        return sum(event.device_type == torch._C._autograd.DeviceType.CUDA for event in events)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "trace.json")
+            trace.export_chrome_trace(str(path))
+            return count_kernels(json.loads(path.read_text()))
+    events = trace.events() or []
     return sum(event.name.startswith("aten::") and event.cpu_parent is None for event in events)
+
+
+def count_kernels(trace: dict[str, Any]) -> int:
+    """Kernels in a Chrome trace, which tells them from copies, fills, annotations and calls of the runtime."""
+    return sum(event.get("cat") == "kernel" for event in trace["traceEvents"])
