@@ -17,6 +17,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,11 @@ def _three(text: str) -> tuple[int, int, int]:
     return first, second, third
 
 
+def materialised_attention() -> AbstractContextManager[None]:
+    """A context in which attention computes all its scores: the naive step's."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 class TrainingStep:
     """One optimizer step on a fixed batch.
 
@@ -117,8 +123,7 @@ class TrainingStep:
     def __call__(self) -> None:
         """Targets, forward, backward, clipping, update."""
         examples, device = self._examples, self._examples.images.device.type
-        attention = sdpa_kernel(SDPBackend.MATH) if self._naive else contextlib.nullcontext()
-        with attention:
+        with materialised_attention() if self._naive else contextlib.nullcontext():
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 images, targets = self._task.prepare(examples)
                 loss = self._task(images, targets, examples.keys).loss_B.mean()
