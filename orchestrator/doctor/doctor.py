@@ -7,12 +7,18 @@ from orchestrator.doctor.config import DoctorConfig
 from orchestrator.doctor.finding import Finding, table
 from orchestrator.launch.check import check
 
+NEEDED = ("data", "teacher")
+"""Without these no step can be taken."""
+
 
 def doctor(config: DoctorConfig, recipe: str) -> int:
     """Examines surroundings, then the recipe; returns 0, or 1 when a check failed."""
     print(f"examining recipe {recipe}", flush=True)
     findings: list[Finding] = list(surroundings.examine(config))
-    if not any(finding.what == "data" and finding.state == "FAILED" for finding in findings):
+    missing = [finding.what for finding in findings if finding.what in NEEDED and finding.state == "FAILED"]
+    if missing:
+        findings.append(Finding("steps", "FAILED", f"none could be taken: see {' and '.join(missing)}"))
+    else:
         check(config)  # settings that do not go together end here, with exit code 2
         findings += agreement.examine(config)
     print(table(findings))

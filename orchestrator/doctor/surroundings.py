@@ -118,7 +118,10 @@ def _teacher(config: PretrainConfig) -> tuple[str, str]:
 
 
 def _disk(config: PretrainConfig) -> tuple[str, str]:
-    task = build_task(config.model, config.objective)
+    try:
+        task = build_task(config.model, config.objective)
+    except UserError:
+        return "warning", "how much a run wants is not known, as its model or teacher cannot be built"
     # Weights, two moments and, where there is one, an average: what a checkpoint holds.
     copies = 4 if config.train.optimizer.average_decay else 3
     needed = DISK_SHARE * copies * 4 * sum(p.numel() for p in task.parameters())

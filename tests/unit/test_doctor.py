@@ -3,13 +3,24 @@
 import copy
 import multiprocessing
 import re
+import tempfile
+import threading
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from email.utils import format_datetime, parsedate_to_datetime
+from types import SimpleNamespace
 
+import boto3
 import pytest
+import timm
 import torch
+from moto.server import DomainDispatcherApplication, create_backend_app
+from safetensors.torch import save_file
+from werkzeug.serving import make_server
 
+from itpn_core.pretraining.tasks import build_task
 from orchestrator.config.load import load
-from orchestrator.doctor import agreement
+from orchestrator.doctor import agreement, surroundings
 from orchestrator.doctor.agreement import _short, agreed, first_difference
 from orchestrator.doctor.config import DoctorConfig
 from orchestrator.doctor.doctor import doctor
@@ -120,6 +131,107 @@ def test_bad_surroundings_are_named(data, tmp_path):
     assert found["tracking"][0] == "warning"
     if not torch.cuda.is_available():
         assert found["devices"][0] == "FAILED"
+
+
+TEACHER = ["objective.kind=fast", "objective.target_norm=channel"]
+
+
+def failed(config):
+    return {what: detail for what, (state, detail) in states(config).items() if state == "FAILED"}
+
+
+def test_a_teacher_that_does_not_exist(data, tmp_path, capsys):
+    config = configured(data, tmp_path, *TEACHER, "objective.teacher.model=vit_tiny_patch16_225")
+    found = failed(config)
+    assert list(found) == ["teacher"]
+    assert "is not a timm model" in found["teacher"]
+    assert "vit_tiny_patch16_224" in found["teacher"], "the nearest name is offered"
+    assert doctor(config, "test") == 1
+    assert "none could be taken: see teacher" in capsys.readouterr().out
+
+
+def test_a_teacher_without_its_weights(data, tmp_path):
+    words = ["objective.teacher.model=vit_tiny_patch16_224", f"objective.teacher.weights={tmp_path}/gone.safetensors"]
+    found = failed(configured(data, tmp_path, *TEACHER, *words))
+    assert list(found) == ["teacher"]
+    assert "gone.safetensors" in found["teacher"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_teacher_whose_numbers_are_not_finite(data, tmp_path, broken):
+    state = timm.create_model("vit_tiny_patch16_224").state_dict()
+    if broken:
+        state["blocks.0.norm1.weight"][0] = float("nan")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "teacher.safetensors")
+    weights = f"objective.teacher.weights={tmp_path}/teacher.safetensors"
+    found = states(configured(data, tmp_path, *TEACHER, "objective.teacher.model=vit_tiny_patch16_224", weights))
+    wanted = ("FAILED", "not finite") if broken else ("ok", "192 channels on 2 x 2 cells")
+    assert found["teacher"][0] == wanted[0]
+    assert wanted[1] in found["teacher"][1]
+
+
+@pytest.mark.parametrize("full", ["scratch", "storage"])
+def test_a_disk_without_room(data, tmp_path, monkeypatch, full):
+    """Room for two checkpoints where three are wanted, on the one disk or the other."""
+    config = configured(data, tmp_path, "train.optimizer.average_decay=0.9")
+    task = build_task(config.model, config.objective)
+    checkpoint = 4 * 4 * sum(p.numel() for p in task.parameters())
+    places = {"scratch": tempfile.gettempdir(), "storage": str(tmp_path)}
+
+    def usage(place):
+        return SimpleNamespace(free=2 * checkpoint if str(place) == places[full] else 3 * checkpoint)
+
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", usage)
+    found = failed(config)
+    assert list(found) == ["disk"]
+    assert found["disk"].startswith(f"{places[full]}: ")
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda place: SimpleNamespace(free=3 * checkpoint))
+    assert failed(config) == {}
+
+
+class Skewed:
+    """An S3 server (moto) whose clock, as its answers tell it, is `apart` seconds ahead."""
+
+    def __init__(self, apart):
+        store = DomainDispatcherApplication(create_backend_app)
+
+        def serve(environ, start_response):
+            def start(status, headers, *rest):
+                return start_response(status, [(name, self.moved(name, value)) for name, value in headers], *rest)
+
+            return store(environ, start)
+
+        self.apart = apart
+        self.server = make_server("127.0.0.1", 0, serve, threaded=True)
+        self.endpoint = f"http://127.0.0.1:{self.server.port}"
+
+    def moved(self, name, value):
+        if name.lower() != "last-modified":
+            return value
+        return format_datetime(parsedate_to_datetime(value) + timedelta(seconds=self.apart), usegmt=True)
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1").create_bucket(Bucket="runs")
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize(("apart", "state"), [(0, "ok"), (60, "FAILED"), (-60, "FAILED")])
+def test_a_clock_that_differs_from_the_storages(data, tmp_path, monkeypatch, apart, state):
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with Skewed(apart) as store:
+        words = ["run.storage=s3://runs/mine", f"data.store.endpoint={store.endpoint}"]
+        found = states(configured(data, tmp_path, *words))
+    assert found["storage"][0] == "ok", found["storage"]
+    assert found["clock"][0] == state
+    told = float(re.search(r"differs by ([\d.]+) s", found["clock"][1])[1])
+    assert told == pytest.approx(abs(apart), abs=4)
+    assert ("signatures and leases need 5" in found["clock"][1]) is (state == "FAILED")
 
 
 @pytest.mark.long
