@@ -73,9 +73,12 @@ class Board:
         self._cause = ""
         self._counted = False
         """Whether the failure of the group that runs now is counted; the controller may tell of it more than once."""
+        self._running = False
+        self._heard = time.monotonic()
 
     def post(self, news: News) -> str:
         """Takes news, answers with the reason of a stop request ("" = go on)."""
+        self._heard = time.monotonic()
         self._progress = news.progress or self._progress
         self._notes += news.notes
         self._states += news.states
@@ -103,6 +106,7 @@ class Board:
     def admit(self) -> Admission:
         """Called by every worker when it starts."""
         self._counted = False
+        self._running, self._heard = True, time.monotonic()
         if self._step() > self._furthest and not self._verdict.refusal:
             return Admission()  # since the last failure there was progress: this start has another reason
         return self._verdict
@@ -122,7 +126,7 @@ class Board:
         """Called by Ray Train's controller when ranks have failed: the group ends, and may start again."""
         if self._counted:
             return
-        self._counted = True
+        self._counted, self._running = True, False
         self._cause = first_failure(errors, self._complaints)
         self._complaints = []
         self._failures += 1
@@ -138,6 +142,10 @@ class Board:
             f"warning: {self._cause}\nthe worker group starts again from the last checkpoint{pause} "
             f"(failure {self._failures} of at most {self._max_failures})"
         )
+
+    def group(self) -> tuple[bool, float]:
+        """Whether a worker group has begun and not failed, and for how many seconds none was heard."""
+        return self._running, time.monotonic() - self._heard
 
     def end(self) -> tuple[str, Admission]:
         """Which failure came first in the group that failed last, and the verdict."""

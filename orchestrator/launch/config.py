@@ -18,7 +18,15 @@ class ClusterConfig:
         default=60.0, metadata={"help": "with workers_min: how often to look whether the group can grow, in seconds"}
     )
     device: str = field(default="auto", metadata={"help": "auto | cpu | cuda", "choices": "auto,cpu,cuda"})
-    cpus_per_worker: float = field(default=1.0, metadata={"help": "CPUs reserved per worker, its loaders included"})
+    accelerator: str = field(
+        default="", metadata={"help": "GPU type of every worker by Ray's name, e.g. H100, A100-80G, L4; empty = any"}
+    )
+    cpus_per_worker: float = field(
+        default=0.0,
+        metadata={
+            "help": "CPUs reserved per worker, its loaders included; 0 = 1 + data.workers, or as many as the nodes have"
+        },
+    )
     max_failures: int = field(
         default=3, metadata={"help": "restarts of the worker group per start of the job before it fails"}
     )

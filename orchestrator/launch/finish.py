@@ -12,6 +12,7 @@ from orchestrator.launch.record import Lifecycle
 from orchestrator.launch.show import duration, table
 from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.environment import working_diff
+from orchestrator.track.journal import JournalError
 from orchestrator.track.recorder import Recorder
 from orchestrator.track.redact import Redactor, secret_values
 
@@ -20,7 +21,18 @@ MLFLOW_STATE = {"finished": "finished", "failed": "failed", "stopped": "killed"}
 
 
 def record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, reason: str) -> None:
-    """Tells the tracking server how the run ended; says where the backlog is when the server does not answer."""
+    """Tells the tracking server how the run ended; says where the backlog is when the server does not answer.
+
+    Raises:
+        JournalError: the local disk did not take what there was to tell.
+    """
+    try:
+        _record_end(config, folder, life, state, reason)
+    except OSError as error:
+        raise JournalError(f"the end of the run ({state}) was not written to its journal: {error}") from error
+
+
+def _record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, reason: str) -> None:
     record = life.record
     recorder = Recorder(
         config.track,
@@ -39,7 +51,9 @@ def record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, r
     recorder.state(MLFLOW_STATE[state], reason)
     tell_story(recorder, folder)
     backlog = recorder.close()
-    if backlog.lost or (config.track.follow and not backlog.empty):
+    if trouble := recorder.trouble():
+        raise JournalError(f"the end of the run ({state}) is not whole in its journal: {trouble}")
+    if config.track.follow and not backlog.empty:
         print(f"warning: {backlog}")
 
 

@@ -1,12 +1,15 @@
-"""What only the nodes themselves can tell before a start: same code and versions, data and run storage within reach."""
+"""What only the nodes themselves can tell: same code and versions as the driver, data and run storage within reach.
+
+The driver asks every node that is there before a start; a worker asks again on a node that may have come later.
+"""
 
 from __future__ import annotations
 
 import platform
 import socket
+import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,10 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.launch.cluster import Resources, fitting_nodes
 from orchestrator.track.environment import source_hash
 
-_PATIENCE_S = 120.0
+_START_S = 120.0
+"""How long a node may take to start a task: the default recovery profile tolerates so long a cold import."""
+_REACH_S = 15.0
+"""How long a node may try to reach storage."""
 _SHIPPING = (
     "submit the job with `ray job submit --working-dir . -- python jobs/…`, which brings the code to every node, or"
     " install the same code and packages there"
@@ -40,6 +46,12 @@ class Question:
     """An object that the driver has just written to the run's folder."""
     manifest: str
     """Fingerprint of the data as the driver sees it."""
+    versions: dict[str, str]
+    """The driver's."""
+    driver: str
+    """Node id of the driver, in Ray's words."""
+    reach_s: float = _REACH_S
+    """How long a node may try to reach storage."""
 
 
 @dataclass(frozen=True)
@@ -49,43 +61,90 @@ class Answer:
     host: str
     versions: dict[str, str]
     trouble: str = ""
-    """What it cannot reach; "" = nothing."""
+    """What it sees otherwise than the driver or cannot reach; "" = nothing."""
+    away: bool = False
+    """Whether the trouble is that something cannot be reached."""
 
 
-def check_nodes(config: JobConfig, resources: Resources, folder: Folder, run_key: str, manifest: str) -> None:
-    """Asks every other node that could be given a worker, all at once; the driver's own node has its code and disks.
+def make_question(config: JobConfig, folder: Folder, run_key: str, manifest: str) -> Question:
+    """What this driver asks.
 
     Args:
         config: resolved configuration.
-        resources: of a worker.
         folder: the run's.
         run_key: an object that lies in it.
         manifest: fingerprint of the data.
+    """
+    return Question(config, folder.uri, run_key, manifest, versions(), ray.get_runtime_context().get_node_id())
+
+
+def check_nodes(question: Question, resources: Resources, start_s: float = _START_S) -> None:
+    """Asks every other node that could be given a worker, all at once; the driver's own node has its code and disks.
+
+    Args:
+        question: what they are asked.
+        resources: of a worker.
+        start_s: how long a node may take to start a task.
 
     Raises:
         UserError: one message for the first node that differs, cannot reach what it needs, or does not answer.
     """
-    question = Question(config, folder.uri, run_key, manifest)
-    own = ray.get_runtime_context().get_node_id()
-    others = [node for node in fitting_nodes(resources) if node["NodeID"] != own]
-    asked = {_ask(question, node["NodeID"]): node["NodeManagerAddress"] for node in others}
-    deadline = time.monotonic() + _PATIENCE_S
-    for reference, address in asked.items():
-        try:
-            answer: Answer = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
+    others = [node for node in fitting_nodes(resources) if node["NodeID"] != question.driver]
+    asked = {_ask(question, node["NodeID"]): node for node in others}
+    deadline = time.monotonic() + start_s + question.reach_s
+    waiting = list(asked)
+    while waiting:  # who answers first is heard first: one silent node does not hide another's clear words
+        heard, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not heard:
+            silent = asked[waiting[0]]["NodeManagerAddress"]
             raise UserError(
-                f"node {address} did not start a task within {_PATIENCE_S:.0f} s: look at its log, or take it out of"
-                " the cluster"
-            ) from None
+                f"node {silent} did not start a task within {start_s:.0f} s: look at its log, or take it out of the"
+                " cluster"
+            )
+        node, address = asked[heard[0]]["NodeID"], asked[heard[0]]["NodeManagerAddress"]
+        try:
+            found: Answer = ray.get(heard[0])
         except RayError as error:
+            if all(there["NodeID"] != node for there in fitting_nodes(resources)):
+                continue  # it has left the cluster meanwhile, and whatever comes in its place is asked by its worker
             raise UserError(_no_answer(address, error)) from None
-        _compare(answer, versions(), address)
+        if trouble := compare(found, question, address):
+            raise UserError(trouble)
+
+
+def check_here(question: Question) -> str:
+    """Asks this worker's own node; what keeps it from taking part, "" for nothing.
+
+    Storage that the driver's node cannot reach either is no fault of this node: the engine has patience for that.
+    """
+    context = ray.get_runtime_context()
+    if context.get_node_id() == question.driver:
+        return ""
+    found = answer(question)
+    trouble = compare(found, question, ray.util.get_node_ip_address())
+    if trouble and found.away and _away_for_the_driver(question):
+        return ""
+    return trouble
+
+
+def _away_for_the_driver(question: Question) -> bool:
+    try:
+        theirs: Answer = ray.get(_ask(question, question.driver), timeout=_START_S + question.reach_s)
+    except RayError:
+        return True  # then nothing can be said against this node
+    return theirs.away
 
 
 def answer(question: Question) -> Answer:
     """Runs on a node."""
-    return Answer(socket.gethostname(), versions(), _out_of_reach(question))
+    found = _Search(question)
+    searching = threading.Thread(target=found.run, name="reach", daemon=True)
+    searching.start()
+    # A host that drops packets answers nothing, and the client's own patience is that of a training run.
+    searching.join(question.reach_s)
+    if searching.is_alive():
+        return Answer(socket.gethostname(), versions(), f"{found.stage}: no answer within {question.reach_s:g} s", True)
+    return Answer(socket.gethostname(), versions(), found.trouble, found.away)
 
 
 def versions() -> dict[str, str]:
@@ -106,39 +165,62 @@ def _ask(question: Question, node: str) -> Any:
     return ray.remote(answer).options(**options).remote(question)
 
 
-def _out_of_reach(question: Question) -> str:
-    config = question.config
-    try:
+@dataclass
+class _Search:
+    """Looks for the run and its data, and keeps what it is about."""
+
+    question: Question
+    stage: str = field(default="", init=False)
+    """The words for what cannot be reached, should this take too long."""
+    trouble: str = field(default="", init=False)
+    away: bool = field(default=False, init=False)
+
+    def run(self) -> None:
+        """Ends with what is wrong in `trouble`."""
+        config = self.question.config
+        try:
+            self.stage = f"cannot reach run storage (run.storage={config.run.storage}), which the driver can"
+            self.trouble = self._other_run()
+            if not self.trouble:
+                self.stage = f"cannot read data.source={config.data.source}, which the driver can"
+                self.trouble = self._other_data()
+        except DataError as error:
+            self.trouble, self.away = f"{self.stage}: {error}", True
+
+    def _other_run(self) -> str:
+        config, key = self.question.config, self.question.run_key
         # Opening a local folder would make it, and a run on another host's disk would go unnoticed.
-        local = "://" not in question.folder_uri
-        there = Path(question.folder_uri, question.run_key).exists() if local else None
-        if there is None:
-            there = Folder(question.folder_uri, config.data.store).exists(question.run_key)
-        if not there:
-            return (
-                f"does not see run.storage={config.run.storage} as the driver does ({question.run_key} is missing):"
-                " name a place that every node reaches, such as s3://bucket/runs or a shared mount"
-            )
-    except DataError as error:
-        return f"cannot reach run storage: {error}"
-    try:
-        found = Manifest.load(config.data.source, config.data.store).fingerprint
-    except DataError as error:
-        return f"cannot read data.source={config.data.source}, which the driver can: {error}"
-    if found != question.manifest:
-        return f"sees other data at data.source={config.data.source} than the driver (manifest {found[:12]})"
-    return ""
+        local = "://" not in self.question.folder_uri
+        if local and Path(self.question.folder_uri, key).exists():
+            return ""
+        if not local and Folder(self.question.folder_uri, config.data.store).exists(key):
+            return ""
+        return (
+            f"does not see run.storage={config.run.storage} as the driver does ({key} is missing): name a place that"
+            " every node reaches, such as s3://bucket/runs or a shared mount"
+        )
+
+    def _other_data(self) -> str:
+        source = self.question.config.data.source
+        found = Manifest.load(source, self.question.config.data.store).fingerprint
+        if found == self.question.manifest:
+            return ""
+        return f"sees other data at data.source={source} than the driver (manifest {found[:12]})"
 
 
-def _compare(answer: Answer, mine: Mapping[str, str], address: str) -> None:
+def compare(answer: Answer, question: Question, address: str) -> str:
+    """What is wrong with a node, "" for nothing.
+
+    Args:
+        answer: the node's.
+        question: what it was asked.
+        address: the node's.
+    """
     where = f"node {address} (host {answer.host})"
-    for name, value in mine.items():
+    for name, value in question.versions.items():
         if answer.versions.get(name) != value:
-            raise UserError(
-                f"{where} has {name} {answer.versions.get(name, 'unknown')}, the driver has {value}: {_SHIPPING}"
-            )
-    if answer.trouble:
-        raise UserError(f"{where} {answer.trouble}")
+            return f"{where} has {name} {answer.versions.get(name, 'unknown')}, the driver has {value}: {_SHIPPING}"
+    return f"{where} {answer.trouble}" if answer.trouble else ""
 
 
 def _no_answer(address: str, error: RayError) -> str:

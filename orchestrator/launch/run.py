@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 import threading
 import time
@@ -26,17 +25,20 @@ from orchestrator.launch.background import background
 from orchestrator.launch.board import Admission, News, open_board, watch
 from orchestrator.launch.check import Checked, check
 from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_OK, EXIT_STORAGE
-from orchestrator.launch.cluster import Resources, connected, request
+from orchestrator.launch.cluster import Resources, connected, request, start_timeout_s
 from orchestrator.launch.desk import Desk
 from orchestrator.launch.evaluations import Job, RayRunner, looking, resolve_where
 from orchestrator.launch.failure import root_cause
 from orchestrator.launch.finish import end_table, record_end
 from orchestrator.launch.lease import HeldError, Lease
-from orchestrator.launch.nodes import check_nodes
+from orchestrator.launch.nodes import check_nodes, make_question
 from orchestrator.launch.record import KEY, Lifecycle, open_record
 from orchestrator.launch.show import ProgressLine, duration
-from orchestrator.launch.trainer import make_trainer
+from orchestrator.launch.stops import StopRequest, Stops
+from orchestrator.launch.trainer import GROUP_STARTS, make_trainer
+from orchestrator.launch.waiting import Waiting, end_controller
 from orchestrator.track.environment import driver_facts
+from orchestrator.track.journal import JournalError
 from orchestrator.train.context import PREEMPTED
 from orchestrator.train.hangs import untold
 
@@ -47,7 +49,17 @@ class EndError(StorageError):
 
 def run_training(config: JobConfig, recipe: str) -> int:
     """Runs one training; returns the exit code (docs/operations.md lists them)."""
-    checked = check(config)
+    try:
+        with Stops() as stops:
+            return _run(config, recipe, stops)
+    except StopRequest as stop:
+        print(f"stopped ({stop}) before the run was touched. Type the same command again to go on.")
+        return EXIT_OK
+
+
+def _run(config: JobConfig, recipe: str, stops: Stops) -> int:
+    with stops.interrupting():
+        checked = check(config)
     fields = {**result_fields(config, checked.manifest.fingerprint), **checked.inputs}
     name = config.run.name or f"{recipe}-{fingerprint(fields)[:8]}"
     config = replace(config, run=replace(config.run, name=name))
@@ -61,13 +73,16 @@ def run_training(config: JobConfig, recipe: str) -> int:
         with Lease(folder, config.run.lease_s) as lease:
             # Read again: until now another driver may have written it.
             record = open_record(folder, fields, name).next_attempt()
-            return _Attempt(config, recipe, checked, folder, Lifecycle(folder, record, lease), lease).run()
+            return _Attempt(config, recipe, checked, folder, Lifecycle(folder, record, lease), lease, stops).run()
     except (HeldError, FencedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_HELD
     except EndError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_STORAGE
+    except JournalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 class _Attempt:
@@ -80,12 +95,15 @@ class _Attempt:
         folder: the run's.
         life: the run's record, with this attempt counted.
         lease: what makes the run ours.
+        stops: requests to stop.
     """
 
     def __init__(
-        self, config: JobConfig, recipe: str, checked: Checked, folder: Folder, life: Lifecycle, lease: Lease
-    ) -> None:
+        self, config: JobConfig, recipe: str, checked: Checked, folder: Folder, life: Lifecycle, lease: Lease,
+        stops: Stops,
+    ) -> None:  # fmt: skip
         self._config, self._folder, self._life, self._lease = config, folder, life, lease
+        self._stops = stops
         self._manifest = checked.manifest.fingerprint
         self._facts = {"recipe": recipe, **driver_facts()}
         self._started = time.monotonic()
@@ -105,20 +123,38 @@ class _Attempt:
         if self._lease.taken_from:
             print(self._lease.taken_from)
         try:
-            with connected(self._config.cluster):
-                resources = request(self._config.cluster)
-                check_nodes(self._config, resources, self._folder, KEY, self._manifest)
-                self._announce(resources)
+            with contextlib.ExitStack() as stack:
+                with self._stops.interrupting():
+                    resources = self._prepare(stack)
                 with looking(self._desk(resources)):
                     returned, cause = self._train(resources)
+        except StopRequest as stop:
+            returned, cause = {"waited": str(stop)}, ("", "")
         except UserError as error:
-            self._life.note("failed", str(error))
+            # What waits for the tracking server is bounded, and with the server away the record stays in the journal.
+            self._end("failed", str(error))
             raise
         with contextlib.suppress(StorageError):  # when storage is away, nobody else can have taken the run
             self._lease.check()
         if "refused" in returned:
             return self._refused(returned["refused"], int(returned["exit"]))
+        if "waited" in returned:
+            return self._stopped_waiting(returned["waited"])
         return self._ended(returned["outcome"]) if returned else self._failed(*cause)
+
+    def _prepare(self, stack: contextlib.ExitStack) -> Resources:
+        """Connects to the cluster and checks it; the connection ends with `stack`."""
+        cluster, loaders = self._config.cluster, self._config.data.workers
+        try:
+            stack.enter_context(connected(cluster, loaders))
+        except SystemExit:  # Ray's answer to SIGTERM, whose handler it sets before it has connected
+            raise StopRequest("SIGTERM") from None
+        self._stops.listen()
+        resources = request(cluster, loaders)
+        self._question = make_question(self._config, self._folder, KEY, self._manifest)
+        check_nodes(self._question, resources)
+        self._announce(resources)
+        return resources
 
     def _announce(self, resources: Resources) -> None:
         low = f"{resources.min_workers} to " if resources.min_workers < resources.workers else ""
@@ -153,6 +189,8 @@ class _Attempt:
                 if verdict.refusal:
                     return {"refused": verdict.refusal, "exit": verdict.exit_code}, ("", "")
                 return {}, (first or root_cause(error), str(error))
+            if "outcome" not in returned:
+                return returned, ("", "")
             reason = str(returned.get("outcome", {}).get("stopped", ""))
             if not reason.startswith(PREEMPTED):
                 return returned, ("", "")
@@ -161,21 +199,38 @@ class _Attempt:
             )
             self._life.note("preempted", reason)
 
-    def _fit(self, resources: Resources, board: Any) -> tuple[dict[str, Any], TrainingFailedError | None]:
+    def _fit(self, resources: Resources, board: Any) -> tuple[dict[str, Any], Exception | None]:
         self._part += 1
         trainer = make_trainer(
             self._config, resources, self._folder, self._life.record, self._facts, board,
-            term=self._lease.number, part=self._part,
+            term=self._lease.number, part=self._part, question=self._question,
         )  # fmt: skip
-        with self._shown(board), _stop_signals(board):
+        waiting = Waiting(board, resources, GROUP_STARTS * start_timeout_s(self._config.cluster))
+        self._stops.tell = board.stop.remote  # the board's reply is not needed
+        if self._stops.reason:  # it came between two worker groups
+            board.stop.remote(self._stops.reason)
+        with self._shown(board):
             try:
-                return _beside(lambda: trainer.fit().return_value, lambda: self._stop_when_lost(board)), None
+                return _beside(lambda: trainer.fit().return_value, lambda: self._watch(board, waiting)), None
             except TrainingFailedError as error:
-                return {}, error
+                return {}, waiting.verdict(error)
+            except RayError:
+                if not waiting.ended:
+                    raise
+                if self._stops.reason:
+                    return {"waited": self._stops.reason}, None
+                return {}, waiting.verdict(None)
+            finally:
+                self._stops.tell = lambda _: None
 
-    def _stop_when_lost(self, board: Any) -> None:
+    def _watch(self, board: Any, waiting: Waiting) -> None:
+        """Twice a second: what ends the run from here."""
+        reason = self._stops.reason
         if self._lease.lost is not None:
-            board.stop.remote("the lease has passed on")
+            reason = "the lease has passed on"
+            board.stop.remote(reason)
+        if waiting.over(stop=bool(reason)):
+            end_controller()
 
     @contextlib.contextmanager
     def _shown(self, board: Any) -> Iterator[None]:
@@ -223,12 +278,23 @@ class _Attempt:
         print(end_table(self._config, self._folder, outcome))
         return EXIT_OK
 
+    def _stopped_waiting(self, reason: str) -> int:
+        """No worker group ran, so there is nothing to save."""
+        self._end("stopped", reason)
+        print(f"stopped ({reason}) while no workers ran. Type the same command again to resume.")
+        return EXIT_OK
+
     def _end(self, state: str, reason: str, **changes: Any) -> None:
         if state == "finished":
             self._enter_or_tell(state, **changes)
         else:
             self._life.note(state, reason)
-        record_end(self._config, self._folder, self._life, state, reason)
+        try:
+            record_end(self._config, self._folder, self._life, state, reason)
+        except JournalError as error:
+            if state != "failed":
+                raise
+            print(f"error: {error}", file=sys.stderr)  # what failed first decides the exit code
 
     def _enter_or_tell(self, state: str, **changes: Any) -> None:
         try:
@@ -267,25 +333,3 @@ def _beside(call: Callable[[], Any], meanwhile: Callable[[], None]) -> Any:
         wait([done], timeout=0.5)  # a wait without end would not let signal handlers run
         meanwhile()
     return done.result()
-
-
-@contextlib.contextmanager
-def _stop_signals(board: Any) -> Iterator[None]:
-    """First Ctrl-C or SIGTERM: save and end. Second: end at once."""
-    seen: list[int] = []
-
-    def handle(number: int, _frame: object) -> None:
-        seen.append(number)
-        if len(seen) > 1:
-            raise KeyboardInterrupt
-        name = signal.Signals(number).name
-        print(f"\n{name}: saving a checkpoint and stopping; once more to stop at once", file=sys.stderr, flush=True)
-        # A signal handler must not wait, and the board's reply is not needed.
-        board.stop.remote(name)
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -14,9 +14,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder
 from orchestrator.launch.cluster import Resources
+from orchestrator.launch.nodes import Question
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
 from orchestrator.launch.worker import Assignment, train_worker
+
+GROUP_STARTS = 4
+"""How often Ray Train waits for room for a group before it gives up."""
 
 
 class _Failures(UserCallback):  # type: ignore[misc]
@@ -47,6 +51,7 @@ def make_trainer(
     *,
     term: int = 0,
     part: int = 1,
+    question: Question | None = None,
 ) -> TorchTrainer:
     """The Ray Train run of one attempt.
 
@@ -60,8 +65,9 @@ def make_trainer(
         callbacks: told of every report, in Ray Train's controller.
         term: fencing number of the driver; 0 when it holds no lease.
         part: number of this Ray Train run within the attempt, from 1; a preempted one is followed by another.
+        question: what a worker asks its node before it starts, when that is not the driver's; None = nothing.
     """
-    assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts, term)
+    assignment = Assignment(config, folder.uri, record.run_uid, record.attempts, board, facts, term, question)
     low, high = resources.min_workers, resources.workers
     return TorchTrainer(
         train_worker,
@@ -70,6 +76,7 @@ def make_trainer(
             num_workers=high if low == high else (low, high),
             use_gpu=bool(resources.gpus),
             resources_per_worker=resources.bundle,
+            accelerator_type=resources.accelerator or None,
             elastic_resize_monitor_interval_s=config.cluster.resize_s,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -78,7 +85,9 @@ def make_trainer(
             # is our committed checkpoint on run storage, so Ray needs no storage that every host reaches.
             name=f"ray-{record.attempts:04d}-{part:02d}",
             storage_path=str(local_directory(folder, record.run_uid) / "ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_failures, controller_failure_limit=GROUP_STARTS - 1
+            ),
             callbacks=[_Failures(board), *callbacks],
         ),
     )

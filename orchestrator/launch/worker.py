@@ -21,9 +21,10 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import DataError, DataGoneError, StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.launch.board import Admission, BoardClient, Progress
-from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_STORAGE
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_STORAGE, EXIT_USAGE
 from orchestrator.launch.failure import Complaint, last_line
 from orchestrator.launch.metrics import TrainingMetrics
+from orchestrator.launch.nodes import Question, check_here
 from orchestrator.launch.place import local_directory
 from orchestrator.train.context import PREEMPTED
 from orchestrator.train.loop import train
@@ -46,6 +47,8 @@ class Assignment:
     """What only the driver knows (git commit, recipe text …), for the run's tags."""
     term: int = 0
     """Fencing number of the driver; 0 when it holds no lease."""
+    question: Question | None = None
+    """What a worker asks its node before it starts; None = nothing."""
 
 
 class RayContext:
@@ -122,6 +125,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
     admission = _ask(assignment.board.admit.remote()) or Admission()
     if admission.refusal:
         return {"refused": admission.refusal, "exit": admission.exit_code}
+    _check_node(assignment)
     time.sleep(admission.wait_s)
     run = RayContext(assignment)
     try:
@@ -146,6 +150,22 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         raise
     finally:
         run.close()
+
+
+def _check_node(assignment: Assignment) -> None:
+    """Ends the run when this node, which may have come after the driver asked all others, cannot take part.
+
+    One rank's trouble: it ends the group by failing, and groups after it by what it leaves on the board.
+
+    Raises:
+        UserError: what is wrong with the node.
+    """
+    trouble = check_here(assignment.question) if assignment.question else ""
+    if trouble:
+        error = UserError(trouble)
+        _ask(assignment.board.refuse.remote(trouble, EXIT_USAGE))
+        _complain(assignment.board, ray.train.get_context().get_world_rank(), error)
+        raise error
 
 
 def preemption_notice() -> str:

@@ -21,7 +21,7 @@ from orchestrator.evaluate.choice import check_shape, checkpoint_settings, find_
 from orchestrator.evaluate.job import check_counts
 from orchestrator.launch.check import check
 from orchestrator.launch.cli import EXIT_HELD, EXIT_OK
-from orchestrator.launch.cluster import connected
+from orchestrator.launch.cluster import connected, wanted_cpus
 from orchestrator.launch.lease import HeldError, Lease
 from orchestrator.launch.record import open_record
 from orchestrator.sweep.config import BOTH, MEASURE, MEASURED, TRAIN
@@ -66,6 +66,8 @@ def sweep(config: SweepJobConfig, recipe: str, work: MeasureFn | None = None) ->
 
 
 def _whole(config: SweepJobConfig, recipe: str, work: MeasureFn | None) -> int:
+    cpus = wanted_cpus(config.cluster, config.data.workers)
+    config = replace(config, cluster=replace(config.cluster, cpus_per_worker=cpus))
     if config.sweep.mode != BOTH:
         return _sweep(config, recipe, work)[0]
     code, driver = _sweep(replace(config, sweep=replace(config.sweep, mode=MEASURE)), recipe, work)

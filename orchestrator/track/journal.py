@@ -7,25 +7,34 @@ Layout under a run directory (a *stream* is what one process wrote):
 
 A record is handed to the kernel by one `write` call, so that SIGKILL loses nothing that was recorded and at most the
 last line is torn. There is no fsync: only the death of the host can lose the tail, and for that the segments are
-committed to run storage with each checkpoint. `write` into the page cache of a local disk takes microseconds; a disk
-error is counted, never raised, because a full disk must not end a training run through its log.
+committed to run storage with each checkpoint. `write` into the page cache of a local disk takes microseconds. A disk
+error is counted and logged at once, not raised: the writer may be any thread, and whoever leads the run asks
+`trouble()` and ends it in order.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from itpn_core.errors import UserError
 from orchestrator.track.events import Event, Record, decode, encode
 
+_log = logging.getLogger(__name__)
 _JOURNAL = Path("track") / "journal"
+
+
+class JournalError(UserError):
+    """A disk does not take the records of a run."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,25 @@ class Journal:
             try:
                 self._write(line)
             except OSError as error:
-                self.lost += 1
-                self.last_error = str(error)
+                self._lose(error)
                 return
             self.written += 1
+
+    def _lose(self, error: OSError) -> None:
+        self.lost += 1
+        self.last_error = str(error)
+        if self.lost == 1:
+            _log.error("%s", self._words())
+
+    def _words(self) -> str:
+        return (
+            f"the journal of this run cannot be written: {self.stream} on {socket.gethostname()}: {self.last_error} "
+            f"({self.lost} records are lost). Make room on that disk"
+        )
+
+    def trouble(self) -> str:
+        """What is wrong when records were lost, and where; "" while the disk has taken all of them."""
+        return self._words() if self.lost else ""
 
     def _write(self, line: bytes) -> None:
         if self._fd < 0 or self._size >= self._segment_bytes:

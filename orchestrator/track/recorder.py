@@ -1,8 +1,9 @@
 """The facade through which a run tells what happens.
 
 Every method writes one line to the local journal and returns; MLflow follows on another thread. No method touches the
-network, waits for a disk, or raises because of the server or the disk. A `ValueError` means a mistake in the calling
-code (a metric that is not a number, a name MLflow cannot hold) and shows at the first call, whatever the server does.
+network, waits for a disk, or raises because of the server or the disk; `trouble` tells of a disk that took less than
+all. A `ValueError` means a mistake in the calling code (a metric that is not a number, a name MLflow cannot hold) and
+shows at the first call, whatever the server does.
 """
 
 from __future__ import annotations
@@ -239,6 +240,15 @@ class Recorder:
     def run_id(self) -> str:
         """The MLflow run's id, "" until the server answered."""
         return self._server.run_id
+
+    @property
+    def lost(self) -> int:
+        """Records that the local disk did not take."""
+        return self._journal.lost
+
+    def trouble(self) -> str:
+        """Why the run may not go on as if it were recorded; "" while the local disk takes every record."""
+        return self._journal.trouble()
 
     def close_segment(self) -> list[Path]:
         """End the journal segment; returns every closed segment of this process, to be committed with a checkpoint.

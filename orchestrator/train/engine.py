@@ -18,6 +18,7 @@ from orchestrator.data.loader import Batch, Loader, open_loader
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.quarantine import Damage
 from orchestrator.data.views import train_view
+from orchestrator.track.journal import JournalError
 from orchestrator.train.beside import WISH, Beside
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
@@ -37,6 +38,7 @@ from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
 
 log = logging.getLogger(__name__)
+UNWRITTEN = "a journal cannot be written"
 _READ_S = 60.0
 """What the last try to read may take after the time to give up has come."""
 
@@ -224,15 +226,18 @@ class Engine:
         ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
         with self.goodput.span("compute"):
-            flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None]
+            unwritten = bool(self.records.trouble())
+            flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None, unwritten]
             reading = self.window.read(flags, self.goodput.sums())
             self.goodput.take(reading.sums, self.state.step)
-            self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics())
-        stop, save, collapsed, gone = reading.flags
+            self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics() | self.records.losses())
+        stop, save, collapsed, gone, unwritten = reading.flags
         if gone:
             raise ended or StorageGoneError("rank 0 may not or cannot commit checkpoints; its own message says why")
         if collapsed:
             raise CollapseError(self.monitor.collapse or "rank 0 found that the features have collapsed")
+        if unwritten:
+            return UNWRITTEN, save
         return (reason or "stop requested") if stop else "", save
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
@@ -366,19 +371,42 @@ class Engine:
     # -- end --------------------------------------------------------------------------------------------------------
 
     def stopped(self, reason: str) -> Outcome:
-        """Ends early, after the checkpoint is on storage."""
+        """Ends early, after the checkpoint is on storage.
+
+        Raises:
+            JournalError: that is why.
+        """
         self._settle(stopping=True)
+        if reason == UNWRITTEN:
+            raise JournalError(self._unwritten())
         self.records.state(PREEMPTED if reason.startswith(PREEMPTED) else "stopped", reason)
         return self._outcome(reason)
 
     def finish(self) -> Outcome:
-        """Ends the run: exports the final weights and sums up."""
+        """Ends the run: exports the final weights and sums up.
+
+        Raises:
+            JournalError: records were lost since the last step.
+        """
         if self._apart:
             self._await_evaluations()
         self._settle(stopping=False)
         with self.state.averaged() as task:
             self.records.final(task, self.state.step, self.state.best_step)
+        if words := self._unwritten():
+            raise JournalError(words)
         return self._outcome("")
+
+    def _unwritten(self) -> str:
+        """What is wrong with any host's journal, the same on every rank. Collective."""
+        mine = self.records.trouble()
+        words = [mine]
+        if self.run.world > 1:
+            self.watchdog.collective("journals of all hosts")
+            words = [""] * self.run.world
+            dist.all_gather_object(words, mine)
+        told = "; ".join(word for word in words if word)
+        return f"{told}, and type the same command again" if told else ""
 
     def _outcome(self, stopped: str) -> Outcome:
         state = self.state

@@ -101,6 +101,10 @@ class HostLoad:
         self._sampler = SystemSampler(self._recorder.metrics, step, f"node{node}", config.track.system_every_s)
         self._sampler.start()
 
+    def trouble(self) -> str:
+        """As `Recorder.trouble`."""
+        return self._recorder.trouble()
+
     def close(self) -> None:
         """Ends the thread and commits the journal."""
         self._sampler.close()

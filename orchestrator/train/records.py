@@ -50,6 +50,7 @@ class RunRecords:
         self._host: HostLoad | None = None
         self._journal = CommittedJournal(run.folder, run.directory)
         self._evaluation: dict[str, float] = {}
+        self._told = False
 
     def started(self, state: TrainState, total: int, peak_lr: float, hosts: Hosts) -> None:
         """Records what is known before the first step of this attempt."""
@@ -178,6 +179,19 @@ class RunRecords:
         if self._recorder is not None:
             for path in paths:
                 self._recorder.artifact(path, path.parent.name)
+
+    def trouble(self) -> str:
+        """Why this host's journal cannot be written; "" while it is whole. The first time it is told at once."""
+        writer = self._recorder or self._host
+        found = writer.trouble() if writer else ""
+        if found and not self._told:
+            self._told = True
+            self._run.note(f"error: {found}; the run saves a checkpoint and ends")
+        return found
+
+    def losses(self) -> dict[str, float]:
+        """The number of records that this host's disk did not take, as a metric for whoever watches."""
+        return {"tracking/lost_records": float(self._recorder.lost)} if self._recorder else {}
 
     def state(self, name: str, reason: str) -> None:
         """Records the lifecycle state that the driver will confirm."""

@@ -103,7 +103,7 @@ def test_pods_are_guarded(group):
     assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
     assert group["template"]["metadata"]["labels"]["app.kubernetes.io/name"] == "itpn"
     # Secrets by reference only.
-    assert all(name in ("ITPN_HOME",) for name in (e["name"] for e in container.get("env", [])))
+    assert all(name in ("ITPN_HOME", "ITPN_CLUSTER_MAX") for name in (e["name"] for e in container.get("env", [])))
 
 
 @pytest.mark.parametrize("group", [HEAD, *GROUPS], ids=lambda g: g.get("groupName", "head"))

@@ -15,6 +15,7 @@ from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
 from tests.e2e.test_one_driver import ray_head
 from tests.faults.gate import Gate
+from tests.faults.test_checkpoint_faults import fill
 from tests.support import TINY, job_environment, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,6 +120,32 @@ def test_checkpoint_storage_that_stays_away_ends_the_run_with_4_and_training_goe
     failed = {values["checkpoint/failed"]: step for step, values in windows if values.get("checkpoint/failing")}
     assert max(failed) > 1, "saves were tried again"
     assert max(step for step, _ in windows) > min(failed.values()) > last.step, "training went on meanwhile"
+
+
+@pytest.fixture
+def small_track(here):
+    """A run's folder `track` on a file system of its own, which is soon full."""
+    place = here.home / "runs" / "unwritten" / "track"
+    place.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_journal_that_its_disk_does_not_take_ends_the_run_with_1_after_a_checkpoint(here, small_track):
+    folder = here.folder("unwritten")
+    job = here.start("run.name=unwritten", *ENDLESS)
+    wait_for("a commit", lambda: committed(folder), job)
+    fill(small_track / "filler")
+    text = ended(job, 1)
+    told = "the journal of this run cannot be written"
+    assert text.index(f"error: {told}") < text.index(f"error: {told}", text.index(told) + 1), "told before the end"
+    assert "No space left on device" in text
+    assert "type the same command again" in text
+    assert record(folder)["state"] == "failed"
+    assert told in record(folder)["history"][-1]["reason"]
+    assert CheckpointStore(folder, keep=3).load_newest().step == committed(folder)[-1]
 
 
 def journal(here, folder):

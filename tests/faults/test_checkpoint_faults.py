@@ -10,7 +10,9 @@ import pytest
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.folder import Folder, StorageError
+from orchestrator.track.journal import JournalError
 from orchestrator.train.loop import train
+from orchestrator.train.records import RunRecords
 from tests.support import LocalRun, losses, tiny_config, write_shards
 
 EACH_STEP = ("checkpoint.every_steps=1", "train.log_every=1", "checkpoint.retry_s=0")
@@ -170,3 +172,51 @@ def test_disk_full_during_a_save(data, small_disk, tmp_path):
     assert CheckpointStore(run.folder, keep=1).load_newest().step == 8
     # Nothing of the failed saves is left to fill the disk.
     assert os.listdir(small_disk / "tiny" / "checkpoints") == ["step-00000008"]
+
+
+def test_a_full_disk_under_the_journal_is_an_error_told_at_the_first_loss(data, small_disk, tmp_path):
+    """The checkpoint is saved, the run ends as failed, and with room again it goes on from there."""
+    config = tiny_config(data, tmp_path, "train.log_every=1", "train.epochs=8")  # a last half page takes some steps
+    run, filler = LocalRun(config), small_disk / "filler"
+    run.directory = small_disk / "local"
+    run.directory.mkdir()
+    real = run.progress
+
+    def progress(stage, *, step=0, **rest):
+        real(stage, step=step, **rest)
+        if step == 3:
+            fill(filler)
+
+    run.progress = progress
+    with pytest.raises(
+        JournalError, match=r"journal of this run cannot be written: .*No space left.* records are lost"
+    ):
+        train(config, run)
+    assert len([note for note in run.notes if note.startswith("error: the journal of this run cannot be")]) == 1
+    assert run.windows[-1][2]["tracking/lost_records"] > 0
+    saved = CheckpointStore(run.folder, keep=3).load_newest().step
+    assert 3 < saved == run.windows[-1][0] < 32, "saved where it was noticed"
+    filler.unlink()
+    again = LocalRun(config, attempt=2)
+    again.directory = run.directory
+    assert train(config, again).step == 32
+    assert set(range(saved + 1, 33)) <= losses(again).keys()
+
+
+def test_a_record_lost_at_the_very_end_is_an_error_too(data, small_disk, tmp_path, monkeypatch):
+    config = tiny_config(data, tmp_path)
+    run = LocalRun(config)
+    run.directory = small_disk / "local"
+    run.directory.mkdir()
+    real = RunRecords.final
+
+    def final(self, *given):
+        real(self, *given)
+        fill(small_disk / "filler")
+        for _ in range(20):  # more than the last half page takes
+            self.state("running", "x" * 1000)
+
+    monkeypatch.setattr(RunRecords, "final", final)
+    with pytest.raises(JournalError, match="type the same command again"):
+        train(config, run)
+    assert CheckpointStore(run.folder, keep=3).load_newest().step == 8

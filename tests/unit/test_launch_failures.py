@@ -1,19 +1,20 @@
 """What a launch does about trouble, without a cluster: failures, states of a run, nodes that differ."""
 
 import json
+import re
 import socket
+import time
 from dataclasses import replace
 
 import pytest
 
-from itpn_core.errors import UserError
 from orchestrator.checkpoint.runlog import FencedError, RunLog
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
 from orchestrator.launch.board import Admission, Board, News, Progress
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure, root_cause
 from orchestrator.launch.lease import Lease
-from orchestrator.launch.nodes import Question, _compare, answer, versions
+from orchestrator.launch.nodes import Question, answer, compare, versions
 from orchestrator.launch.record import KEY, Lifecycle, RunRecord, open_record
 from orchestrator.track.config import TrackConfig, why_away
 from tests.support import tiny_config, write_shards
@@ -82,6 +83,21 @@ def test_a_verdict_ends_every_later_group():
     assert board.admit() == Admission(refusal="the data are away", exit_code=4)
 
 
+def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
+    board = Board(max_failures=3)
+    assert board.group()[0] is False
+    board.admit()
+    running, silent = board.group()
+    assert running
+    time.sleep(0.05)
+    assert board.group()[1] >= silent + 0.05
+    board.post(News(None))
+    assert board.group()[1] < 0.05
+    board.failed({0: "x"})
+    board.post(News(None))  # last words
+    assert board.group()[0] is False
+
+
 def test_news_are_told_once_and_a_stop_request_reaches_rank_0():
     board = Board()
     assert board.post(News(None, ["a"], [("running", "")])) == ""
@@ -131,21 +147,21 @@ def question(tmp_path_factory):
     config = tiny_config(write_shards(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("storage"))
     uri = f"{config.run.storage}/tiny"
     Folder(uri).put(KEY, b"{}")
-    return Question(config, uri, KEY, Manifest.load(config.data.source).fingerprint)
+    return Question(config, uri, KEY, Manifest.load(config.data.source).fingerprint, versions(), "driver")
 
 
 def test_a_node_that_sees_what_the_driver_sees_is_fit(question):
     found = answer(question)
     assert found.trouble == ""
-    _compare(found, versions(), "10.0.0.1")
+    assert compare(found, question, "10.0.0.1") == ""
     assert set(found.versions) == {"python", "ray", "torch", "source code"}
 
 
 @pytest.mark.parametrize("name", ["python", "ray", "torch", "source code"])
 def test_a_node_with_another_version_is_named(question, name):
     other = replace(answer(question), versions={**versions(), name: "0.1"})
-    with pytest.raises(UserError, match=rf"node 10.0.0.1 \(host .*\) has {name} 0.1, the driver has .*--working-dir"):
-        _compare(other, versions(), "10.0.0.1")
+    said = compare(other, question, "10.0.0.1")
+    assert re.match(rf"node 10\.0\.0\.1 \(host .*\) has {name} 0\.1, the driver has .*--working-dir", said)
 
 
 def test_a_node_without_the_runs_folder_is_named_and_nothing_is_made_there(question, tmp_path):
@@ -154,14 +170,35 @@ def test_a_node_without_the_runs_folder_is_named_and_nothing_is_made_there(quest
     assert "does not see run.storage=" in found.trouble
     assert "s3://bucket/runs or a shared mount" in found.trouble
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UserError, match=r"node 10\.0\.0\.1 .*does not see run\.storage"):
-        _compare(found, versions(), "10.0.0.1")
+    assert not found.away
+    assert re.match(r"node 10\.0\.0\.1 .*does not see run\.storage", compare(found, question, "10.0.0.1"))
 
 
 def test_a_node_that_reads_no_or_other_data_is_named(question, tmp_path):
     nowhere = replace(question.config, data=replace(question.config.data, source=str(tmp_path)))
     assert "cannot read data.source=" in answer(replace(question, config=nowhere)).trouble
     assert "sees other data at data.source=" in answer(replace(question, manifest="0" * 64)).trouble
+
+
+def test_a_node_from_which_storage_only_swallows_packets_says_so_in_time(question, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "us-east-1")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        store = replace(question.config.data.store, endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        config = replace(
+            question.config, data=replace(question.config.data, store=store),
+            run=replace(question.config.run, storage="s3://bucket/runs"),
+        )  # fmt: skip
+        began = time.monotonic()
+        found = answer(replace(question, config=config, folder_uri="s3://bucket/runs/tiny", reach_s=2.0))
+        assert time.monotonic() - began < 10
+    assert found.away
+    assert found.trouble == (
+        "cannot reach run storage (run.storage=s3://bucket/runs), which the driver can: no answer within 2 s"
+    )
+    assert Question.reach_s <= 20, "the default is a matter of seconds too"
 
 
 # -- tracking ----------------------------------------------------------------------------------------------------------
