@@ -16,7 +16,15 @@ from orchestrator.data.folder import Folder
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
 from orchestrator.train.step import Step
-from tests.distributed.test_world_sizes import STEPS, WORDS, assert_same_gradients, run_steps, run_world
+from tests.distributed.test_world_sizes import (
+    STEPS,
+    WORDS,
+    Recording,
+    assert_same_masks,
+    assert_same_run,
+    run_steps,
+    run_world,
+)
 from tests.support import LocalRun, losses, tiny_config, write_shards
 
 AVERAGE = "train.optimizer.average_decay=0.9"
@@ -35,13 +43,6 @@ def alone(data, tmp_path_factory):
     config = tiny_config(data, tmp_path_factory.mktemp("one"), *WORDS, AVERAGE, "checkpoint.every_steps=100")
     seen = run_steps(config, 0, 1)
     return seen, CheckpointStore(LocalRun(config).folder, keep=1).load_newest()
-
-
-def assert_same_run(found, alone):
-    ids, curve, gradients = found
-    assert ids == alone.ids
-    assert curve == pytest.approx(alone.losses, rel=1e-8)
-    assert_same_gradients(gradients, alone.gradients)
 
 
 def assert_same_state(place, expected):
@@ -77,16 +78,18 @@ def test_other_groups_agree(data, alone, tmp_path, world, port, words):
 def test_resized_from_parts_to_other_parts(data, alone, tmp_path):
     """4 -> 2 -> 3 ranks; in between one that holds everything, and two copies of two parts."""
     place, save = tmp_path / "resized", "checkpoint.every_steps=100"
-    ids, curve = [], []
+    seen = Recording()
     groups = [
         (4, 0, 5, SHARD), (2, 5, 9, SHARD), (3, 9, 13, SHARD), (2, 13, 15, (AVERAGE,)), (4, 15, STEPS, HYBRID)
     ]  # fmt: skip
     for port, (world, first, last, words) in enumerate(groups, start=29651):
         part = run_world(world, port, data, place, *words, save, first=first, last=last)
-        ids += part[0]
-        curve += part[1]
-    assert ids == alone[0].ids
-    assert curve == pytest.approx(alone[0].losses, rel=1e-8)
+        seen.ids += part.ids
+        seen.masks += part.masks
+        seen.losses += part.losses
+    assert seen.ids == alone[0].ids
+    assert_same_masks(seen.masks, alone[0].masks)
+    assert seen.losses == pytest.approx(alone[0].losses, rel=1e-8)
     assert_same_state(place, alone[1])
 
 

@@ -18,6 +18,7 @@ from orchestrator.data.views import TrainView
 from orchestrator.train import watchdog
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
+from orchestrator.train.step import Step
 from orchestrator.train.watchdog import EXIT_HUNG
 from orchestrator.train.window import Window
 from tests.support import LocalRun, losses, tiny_config, write_shards
@@ -75,6 +76,34 @@ def skips_a_collective(rank):
     Engine.step, Window.read = step, read
 
 
+def enters_another_collective(rank):
+    """Rank 1 leaves out the sum of the losses of step 4, and waits in step 5 for a call that rank 0 never makes.
+
+    In one group, gloo would notice that the sizes of two calls differ; NCCL would not. A group of its own waits.
+    """
+    real_step, groups = Step.__call__, []
+
+    def step(self, *arguments):
+        if not groups:
+            groups.append(dist.new_group())
+        if rank == 1 and self.state.step == 4:
+            dist.all_reduce(torch.zeros(1), group=groups[0])
+        return real_step(self, *arguments)
+
+    def read(self, flags, summands=()):
+        if rank == 1 and Engine.watched_step == 4:
+            self._world = 1
+        return real_read(self, flags, summands)
+
+    real_read, real_engine_step = Window.read, Engine.step
+
+    def engine_step(self, batch):
+        real_engine_step(self, batch)
+        Engine.watched_step = self.state.step
+
+    Engine.step, Window.read, Step.__call__ = engine_step, read, step
+
+
 def goes_slowly(_):
     real = Engine.step
 
@@ -85,7 +114,10 @@ def goes_slowly(_):
     Engine.step = step
 
 
-FAULTS = {"": lambda _: None, "read": reads_for_ever, "skip": skips_a_collective, "slow": goes_slowly}
+FAULTS = {
+    "": lambda _: None, "read": reads_for_ever, "skip": skips_a_collective, "another": enters_another_collective,
+    "slow": goes_slowly,
+}  # fmt: skip
 
 
 def child(rank, port, data, storage, fault, attempt):
@@ -187,3 +219,27 @@ def test_a_rank_that_skips_a_collective(data, tmp_path):
     assert all(code not in (0, None) for code in codes)
     told = finish_after(data, tmp_path, "skip")
     assert "resumed from the checkpoint" in told
+
+
+def test_ranks_in_different_collectives_are_told_apart(data, tmp_path):
+    """Nobody notices that the calls do not match: all wait, all write their stacks, and the one behind is named."""
+    assert join(start(data, tmp_path, "another")) == [EXIT_HUNG, EXIT_HUNG]
+    found, incident = reports(tmp_path)
+    behind, ahead = found["rank-00000.txt"], found["rank-00001.txt"]
+    assert behind["collective"] == "losses up to step 4"
+    assert ahead["collective"] == "gradients of step 4"
+    assert ahead["collectives"] == behind["collectives"] + 1
+    assert behind["seen_by"] == ahead["seen_by"] == -1, "each wrote for itself"
+    assert (behind["step"], ahead["step"]) == (4, 4)
+    for name, inside in (("rank-00000.txt", "train/window.py"), ("rank-00001.txt", "train/engine.py")):
+        stacks = (incident / name).read_text().split("\n", 1)[1]
+        assert stacks.count("hread 0x") >= 2, "the watchdog's thread and the training one at least"
+        assert "train/loop.py" in stacks
+        assert inside in stacks
+    told = finish_after(data, tmp_path, "another").split("the group hangs")
+    assert len(told) == 2, "told once"
+    assert "rank 0 of 2: " in told[1]
+    assert "last collective call: losses up to step 4" in told[1]
+    assert "train/window.py" in told[1], "the stack of the rank that the others wait for"
+    assert "rank 1 of 2" not in told[1]
+    assert "resumed from the checkpoint of step 3" in told[1]

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -22,16 +23,33 @@ def data(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data"), per_class=27)
 
 
+@dataclass
 class Recording:
-    """What one rank saw: ids of every batch, losses of every step, gradients of the first."""
+    """What one rank, or a group together, saw: ids, masks and losses of every step, gradients of the first."""
 
-    def __init__(self):
-        self.ids, self.losses, self.gradients = [], [], {}
+    ids: list = field(default_factory=list)
+    masks: list = field(default_factory=list)
+    """Bool [B, N] per step; [0, 0] for tasks without a mask."""
+    losses: list = field(default_factory=list)
+    gradients: dict = field(default_factory=dict)
+
+
+def note_masks(task, drawn):
+    """Writes down the masks of a task as they are drawn, in the order of the samples."""
+    if not hasattr(task, "mask"):
+        return
+    real = task.mask
+
+    def mask(keys_B):
+        drawn.append(real(keys_B).clone())
+        return drawn[-1]
+
+    task.mask = mask
 
 
 def run_steps(config, rank, world, first=0, last=STEPS):
     """Walks the engine's own steps, from a checkpoint when there is one, and records them."""
-    seen = Recording()
+    seen, drawn = Recording(), []
     with Engine(config, LocalRun(config, rank, world)) as engine:
         engine.restore()
         assert engine.state.step == first
@@ -43,10 +61,13 @@ def run_steps(config, rank, world, first=0, last=STEPS):
             return real_step()
 
         engine.state.optimizer.step = observed
+        note_masks(engine.state.task, drawn)
         while engine.state.step < last:
             with engine.batches() as batches:
                 for batch in batches:
+                    drawn.clear()
                     engine.step(batch)
+                    seen.masks.append(torch.cat(drawn) if drawn else torch.empty(0, 0, dtype=torch.bool))
                     seen.ids.append(batch.ids.tolist())
                     seen.losses.append(engine.window.read([False]).rows[0]["loss"])
                     if engine.state.step == last:
@@ -62,28 +83,28 @@ def child(rank, world, port, words, first, last, place, make):
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         seen = run_steps(make(*words), rank, world, first, last)
-        torch.save((seen.ids, seen.losses, seen.gradients), f"{place}/rank-{rank}.pt")
+        torch.save(vars(seen), f"{place}/rank-{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
 def run_world(world, port, data, tmp_path, *words, first=0, last=STEPS, make=tiny_config):
-    """Runs a group of processes and joins what they saw: (ids per step over all ranks, losses, gradients)."""
+    """Runs a group of processes and joins what they saw, in the order of the global batch."""
     tmp_path.mkdir(exist_ok=True)
     arguments = (world, port, (data, tmp_path, *WORDS, *words), first, last, str(tmp_path), make)
     # Forks of one process that has imported everything: several times faster than fresh interpreters.
     multiprocessing.set_forkserver_preload([__name__])
     mp.start_processes(child, arguments, nprocs=world, start_method="forkserver")
-    ranks = [torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in range(world)]
-    ids = [list(itertools.chain(*parts)) for parts in zip(*(r[0] for r in ranks), strict=True)]
-    assert all(r[1] == ranks[0][1] for r in ranks), "ranks disagree about the losses"
-    return ids, ranks[0][1], ranks[0][2]
+    ranks = [Recording(**torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)) for rank in range(world)]
+    assert all(r.losses == ranks[0].losses for r in ranks), "ranks disagree about the losses"
+    ids = [list(itertools.chain(*parts)) for parts in zip(*(r.ids for r in ranks), strict=True)]
+    masks = [torch.cat(parts) for parts in zip(*(r.masks for r in ranks), strict=True)]
+    return Recording(ids, masks, ranks[0].losses, ranks[0].gradients)
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    seen = run_steps(tiny_config(data, tmp_path_factory.mktemp("one"), *WORDS), 0, 1)
-    return seen.ids, seen.losses, seen.gradients
+    return run_steps(tiny_config(data, tmp_path_factory.mktemp("one"), *WORDS), 0, 1)
 
 
 def assert_same_gradients(found, expected):
@@ -95,51 +116,69 @@ def assert_same_gradients(found, expected):
         assert float((found[name] - gradient).norm()) <= 1e-10 * scale, name
 
 
+def assert_same_masks(found, expected):
+    """Of every step and sample; and each step has masks of its own."""
+    assert len(found) == len(expected)
+    for step, (mask_BN, expected_BN) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(mask_BN, expected_BN), f"step {step}"
+    assert all(0 < int(mask_BN.sum()) < mask_BN.numel() for mask_BN in expected)
+
+
+def assert_same_run(found, expected):
+    assert found.ids == expected.ids
+    assert_same_masks(found.masks, expected.masks)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-8)
+    assert_same_gradients(found.gradients, expected.gradients)
+
+
 @pytest.mark.parametrize(("world", "port"), [(2, 29611), (3, 29612)])
 def test_worlds_agree_in_float64(data, alone, tmp_path, world, port):
-    ids, losses, gradients = run_world(world, port, data, tmp_path / "w")
-    assert ids == alone[0]
-    assert losses == pytest.approx(alone[1], rel=1e-8)
-    assert_same_gradients(gradients, alone[2])
+    assert_same_run(run_world(world, port, data, tmp_path / "w"), alone)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("world", "port"), [(4, 29613), (5, 29614)])
 def test_larger_worlds_agree_in_float64(data, alone, tmp_path, world, port):
-    ids, losses, gradients = run_world(world, port, data, tmp_path / "w")
-    assert ids == alone[0]
-    assert losses == pytest.approx(alone[1], rel=1e-8)
-    assert_same_gradients(gradients, alone[2])
+    assert_same_run(run_world(world, port, data, tmp_path / "w"), alone)
 
 
 def test_micro_batches_change_nothing(data, alone, tmp_path):
-    ids, losses, gradients = run_world(2, 29615, data, tmp_path / "w", "train.micro_batch=3")
-    assert ids == alone[0]
-    assert losses == pytest.approx(alone[1], rel=1e-8)
-    assert_same_gradients(gradients, alone[2])
+    assert_same_run(run_world(2, 29615, data, tmp_path / "w", "train.micro_batch=3"), alone)
 
 
 @pytest.mark.long
-def test_resized_run_sees_the_same_samples_and_losses(data, alone, tmp_path):
+def test_resized_run_sees_the_same_samples_masks_and_losses(data, alone, tmp_path):
     """4 -> 2 -> 3 ranks; a global batch of 16 does not divide by 3."""
     place = tmp_path / "resized"
     save = ("checkpoint.every_steps=100",)
-    ids, losses = [], []
+    seen = Recording()
     for world, first, last, port in ((4, 0, 7, 29616), (2, 7, 13, 29617), (3, 13, STEPS, 29618)):
         part = run_world(world, port, data, place, *save, first=first, last=last)
-        ids += part[0]
-        losses += part[1]
-    assert ids == alone[0]
-    assert losses == pytest.approx(alone[1], rel=1e-8)
+        seen.ids += part.ids
+        seen.masks += part.masks
+        seen.losses += part.losses
+    assert seen.ids == alone.ids
+    assert_same_masks(seen.masks, alone.masks)
+    assert seen.losses == pytest.approx(alone.losses, rel=1e-8)
 
 
-def test_float32_gradient_of_two_ranks_is_close(data, tmp_path):
+@pytest.mark.parametrize(("world", "port"), [(2, 29619), pytest.param(4, 29620, marks=pytest.mark.long)])
+def test_float32_gradient_of_more_ranks_is_close(data, tmp_path, world, port):
     words = ("train.precision=fp32",)
     seen = run_steps(tiny_config(data, tmp_path / "one", *WORDS, *words), 0, 1, last=1)
-    _, _, gradients = run_world(2, 29619, data, tmp_path / "w", *words, last=1)
+    gradients = run_world(world, port, data, tmp_path / "w", *words, last=1).gradients
     whole = torch.cat([g.flatten() for g in seen.gradients.values()])
     found = torch.cat([gradients[name].flatten() for name in seen.gradients])
     assert float((found - whole).norm()) <= 1e-5 * float(whole.norm())
+
+
+@pytest.mark.long
+def test_compiled_blocks_on_two_ranks_agree_with_eager_ones(data, alone, tmp_path):
+    """`aot_eager` traces as the default backend does, and leaves out the code generator."""
+    words = ("train.compile=true", "train.compile_backend=aot_eager")
+    found = run_world(2, 29621, data, tmp_path / "w", *words, last=6)
+    assert found.losses == pytest.approx(alone.losses[:6], rel=1e-8)
+    assert_same_gradients(found.gradients, alone.gradients)
 
 
 # With 15 images, two ranks cut a pair of mixed images; so do micro-batches of three.
@@ -148,12 +187,11 @@ CUT = ("train.global_batch=15",)
 
 @pytest.fixture(scope="module")
 def classifier_alone(data, tmp_path_factory):
-    seen = run_steps(tiny_classifier(data, tmp_path_factory.mktemp("one"), *WORDS, *CUT), 0, 1, last=6)
-    return seen.losses, seen.gradients
+    return run_steps(tiny_classifier(data, tmp_path_factory.mktemp("one"), *WORDS, *CUT), 0, 1, last=6)
 
 
 @pytest.mark.parametrize(("words", "port"), [((), 29631), (("train.micro_batch=3",), 29632)], ids=["whole", "micro"])
 def test_mixing_erasing_and_drop_path_agree_on_two_ranks(data, classifier_alone, tmp_path, words, port):
-    _, losses, gradients = run_world(2, port, data, tmp_path / "w", *CUT, *words, last=6, make=tiny_classifier)
-    assert losses == pytest.approx(classifier_alone[0], rel=1e-8)
-    assert_same_gradients(gradients, classifier_alone[1])
+    found = run_world(2, port, data, tmp_path / "w", *CUT, *words, last=6, make=tiny_classifier)
+    assert found.losses == pytest.approx(classifier_alone.losses, rel=1e-8)
+    assert_same_gradients(found.gradients, classifier_alone.gradients)

@@ -55,6 +55,27 @@ def test_fp16_finds_its_scale_without_touching_the_skip_budget(data, plain, tmp_
     assert losses(LocalRun(whole)) == found, "the scale is part of the state: resuming changes no bit"
 
 
+def test_bf16_trains_close_to_fp32_and_resumes_to_the_bit(data, plain, tmp_path):
+    words = ("train.precision=bf16",)
+    whole = tiny_config(data, tmp_path / "whole", *words)
+    assert train(whole, LocalRun(whole)).step == 8
+    expected = losses(LocalRun(whole))
+    assert expected == pytest.approx(plain, rel=2e-2)
+    assert expected != plain, "matrix products are in bf16"
+    config = tiny_config(data, tmp_path / "stopped", *words)
+    first = LocalRun(config)
+    first.stop_after = 3
+    assert train(config, first).step == 4
+    assert train(config, LocalRun(config, attempt=2)).step == 8
+    assert losses(LocalRun(config)) == expected
+    with Engine(config, LocalRun(config)) as engine:
+        engine.restore()
+        kept = {p.dtype for p in engine.state.task.parameters()} | {
+            t.dtype for t in engine.state.average.tensors.values()
+        }
+        assert kept == {torch.float32}, "weights and their averages stay in fp32"
+
+
 def test_loss_scale_halves_on_overflow_and_grows_when_calm(monkeypatch):
     monkeypatch.setattr("orchestrator.train.precision.GROWTH_INTERVAL", 3)
     scale = LossScale(True, 8.0, torch.device("cpu"))
