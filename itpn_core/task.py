@@ -83,6 +83,10 @@ class Task(nn.Module):
             keys_B: int64 [B], one key per sample and epoch.
         """
 
+    def compilable(self) -> list[nn.Module]:
+        """What compiling pays for outside the student."""
+        return []
+
     def ema_update(self, progress: float) -> None:
         """Moves the moving-average teacher one step; nothing to do for tasks without one.
 

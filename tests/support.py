@@ -93,10 +93,10 @@ def tiny_config(data: str, storage: Path, *words: str) -> PretrainConfig:
 class LocalRun:
     """A `RunContext` of one process group without Ray."""
 
-    def __init__(self, config: JobConfig, rank: int = 0, world: int = 1, attempt: int = 1) -> None:
+    def __init__(self, config: JobConfig, rank: int = 0, world: int = 1, attempt: int = 1, device: str = "cpu") -> None:
         self.rank, self.world, self.attempt = rank, world, attempt
         self.local_world = world
-        self.device = torch.device("cpu")
+        self.device = torch.device(device)
         self.folder = Folder(f"{config.run.storage}/{config.run.name}")
         self.directory = Path(config.run.storage) / config.run.name
         self.run_uid = "0" * 32

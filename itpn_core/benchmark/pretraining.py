@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from itpn_core.benchmark.models import peak_tflops
 from itpn_core.benchmark.timing import Spread, interleaved_seconds, machine, peak_bytes, ratios
+from itpn_core.compiling import compile_task
 from itpn_core.evaluation.cost import training_flops
 from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig, TeacherConfig
@@ -40,7 +41,6 @@ from itpn_core.task import Examples, Task
 
 _SHAPES = {"fast": ("fast", "fast"), "itpn": ("itpn_clip", "clip")}
 _CLIP_NORM = 3.0
-_VARIANTS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,20 +146,15 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def compiled(task: Task) -> Task:
-    """The same task with every block compiled in place, and the teacher as a whole."""
-    # Blocks of one class share their code; torch counts variants (width, gradients on or off, batch) per code, and runs
-    # eager what comes after the limit.
+def compiled(task: Task, *, whole: bool = False) -> Task:
+    """The same task, compiled as the training engine does it."""
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VARIANTS)
-    teacher = getattr(task, "teacher", None)
-    if teacher is not None:
-        teacher.compile()
-    for module in task.modules():
-        if isinstance(module, nn.ModuleList):
-            for block in module:
-                block.compile()
+    compile_task(task, whole=whole)
     return task
+
+
+def _compiled_step(task: Task, examples: Examples, whole: bool) -> TrainingStep:
+    return TrainingStep(compiled(copy.deepcopy(task), whole=whole), examples, naive=False)
 
 
 def _rows(
@@ -173,7 +168,8 @@ def _rows(
         "eager": partial(TrainingStep, task, examples, naive=False),
     }
     if not options.no_compile:
-        makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
+        for name, whole in (("compiled", False), ("compiled whole", True)):
+            makers[name] = partial(_compiled_step, task, examples, whole)
     found = measure(makers, device, options.rounds)
     gain = ratios({name: each.seconds for name, each in found.items()}, "naive") if "naive" in found else {}
     lines = []

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from itpn_core.models.config import FAST_MLP_RATIO, ITPN_MLP_RATIO, NORM_EPS, STEM_MLP_RATIO, ModelConfig
 from itpn_core.models.layout import kernel_matrix, merge_cells, split_cells, transposed_kernel_matrix
 
+# Halves of 16 bits: 8 of them fill the 16 bytes that a GPU's fast matrix kernels read at once.
+_ALIGNED = 8
+
 
 def layer_norm(width: int, eps: float = NORM_EPS, **kwargs: Any) -> nn.LayerNorm:
     """LayerNorm with the eps of (nearly) every published norm."""
@@ -75,8 +78,23 @@ class Mlp(nn.Module):
 
     def forward(self, x_C: Tensor) -> Tensor:
         """[..., C] to [..., C]."""
+        if x_C.is_cuda and self.fc1.weight.shape[0] % _ALIGNED and isinstance(self.ffn_ln, nn.Identity):
+            return self._aligned(x_C)
         out: Tensor = self.fc2(self.ffn_ln(F.gelu(self.fc1(x_C))))
         return out
+
+    def _aligned(self, x_C: Tensor) -> Tensor:
+        """The same with hidden channels of zeros: GPUs multiply by far faster where rows are whole 16 bytes."""
+        weight_1, weight_2 = self.fc1.weight.flatten(1), self.fc2.weight.flatten(1)
+        more = -weight_1.shape[0] % _ALIGNED
+        hidden = F.gelu(
+            F.linear(
+                x_C,
+                F.pad(weight_1, (0, 0, 0, more)),
+                None if self.fc1.bias is None else F.pad(self.fc1.bias, (0, more)),
+            )
+        )
+        return F.linear(hidden, F.pad(weight_2, (0, more)), self.fc2.bias)
 
 
 class SwiGlu(nn.Module):

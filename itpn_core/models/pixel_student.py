@@ -139,7 +139,8 @@ class PixelStudent(PyramidTrunk):
         """Positions [1, N, E]: the published code compares the number of visible patches with the table.
 
         So it interpolates whenever a patch is hidden, also at the trained size, where the offset of 0.1 cells moves
-        every value a little. Published pixel checkpoints were trained with that, so it is kept.
+        every value a little on a CPU (CUDA's kernel copies there). The golden cases hold the moved values: so do we, on
+        every device.
         """
         parameter = self.get_parameter(self.position_name)
         if visible == grid[0] * grid[1]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from itpn_core.constants import constant
 
 Grid = tuple[int, int]
 
@@ -57,6 +60,29 @@ class SizeCache:
         return {"_kept": {}}
 
 
+def _shifted(side: int, device: torch.device) -> Tensor:
+    """Weights [side, side] of one axis when the published offset alone moves the samples.
+
+    A product with them, because CUDA's bicubic kernel copies where the sizes are equal, whatever the scale, and a model
+    must not depend on the device.
+    """
+    return constant(_shift_weights(side), torch.float32, device).view(side, side)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _shift_weights(side: int) -> tuple[float, ...]:
+    return _weights(side)
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(side: int) -> tuple[float, ...]:
+    with torch.device("cpu"), torch.inference_mode(mode=False):
+        unit_1CH1 = torch.eye(side).view(1, side, side, 1)
+        scale = [(side + _PUBLISHED_OFFSET) / side, 1.0]
+        moved_1CH1 = F.interpolate(unit_1CH1, scale_factor=scale, mode="bicubic", align_corners=False)
+    return tuple(moved_1CH1.flatten(1).view(side, side).t().flatten().tolist())
+
+
 def resample_positions(pos_1NE: Tensor, old: Grid, new: Grid, *, always: bool = False) -> Tensor:
     """Position embeddings of another grid, bicubic, as in the published iTPN code.
 
@@ -73,6 +99,12 @@ def resample_positions(pos_1NE: Tensor, old: Grid, new: Grid, *, always: bool = 
     if old == new and not always:
         return pos_1NE
     width = pos_1NE.shape[-1]
+    if old == new:
+        rows_HH, cols_WW = (_shifted(side, pos_1NE.device) for side in new)
+        map_HWE = pos_1NE.detach().float().reshape(*old, width)
+        moved_1NE = torch.einsum("hr,wc,rce->hwe", rows_HH, cols_WW, map_HWE).reshape(pos_1NE.shape).to(pos_1NE.dtype)
+        # torch's backward pass copies where the sizes are equal, so the published gradient is the identity
+        return pos_1NE + (moved_1NE - pos_1NE.detach())
     map_1EHW = pos_1NE.float().reshape(1, old[0], old[1], width).permute(0, 3, 1, 2)
     scale = [(new[0] + _PUBLISHED_OFFSET) / old[0], (new[1] + _PUBLISHED_OFFSET) / old[1]]
     resized = F.interpolate(map_1EHW, scale_factor=scale, mode="bicubic", align_corners=False)

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn_core.evaluation.features import feature_std, rankme
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.trunk import StemFeatures
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.guard import CollapseGuard
-from itpn_core.pretraining.masking import PUBLISHED_RATIO, block_mask, mask_count, uniform_mask
+from itpn_core.pretraining.masking import PUBLISHED_RATIO, Placement, block_mask, mask_count, uniform_mask
 from itpn_core.pretraining.targets import map_of, plain_layer_norm
 from itpn_core.pretraining.teachers import ImageNorm, Teacher, at_least_float32
 from itpn_core.reduction.model import Reducible
@@ -53,6 +53,7 @@ class PretrainTask(Task):
         # In a tuple, so that torch does not register it: a frozen teacher must not reach the optimizer, DDP or the
         # checkpoints. `_apply` below keeps it on the student's device.
         self._outside = () if teacher is None else (teacher,)
+        self._placement = Placement()
         self.guard = CollapseGuard(config.guard_fraction, config.guard_steps)
         self.mask_count = mask_count(student.grid[0] * student.grid[1], self._mask_ratio())
         if isinstance(student, Reducible):
@@ -68,6 +69,10 @@ class PretrainTask(Task):
         """The frozen teacher, None for objectives that need none."""
         return self._outside[0] if self._outside else None
 
+    def compilable(self) -> list[nn.Module]:
+        """The teacher and the mask's inner loop."""
+        return [self._placement, *(part for teacher in self._outside for part in teacher.compilable())]
+
     # --- mask ---
 
     def _mask_ratio(self) -> float:
@@ -77,7 +82,9 @@ class PretrainTask(Task):
         """Masks of a batch: bool [B, N], the same count of True in every row."""
         kind = self.config.mask
         uniform = kind == "uniform" or (kind == "auto" and self.config.kind == "pixel")
-        return (uniform_mask if uniform else block_mask)(keys_B, self.student.grid, self.mask_count)
+        if uniform:
+            return uniform_mask(keys_B, self.student.grid, self.mask_count)
+        return block_mask(keys_B, self.student.grid, self.mask_count, self._placement)
 
     # --- what an objective defines ---
 

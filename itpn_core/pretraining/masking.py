@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn_core.constants import constant
 from itpn_core.errors import ConfigError
@@ -95,26 +95,40 @@ def uniform_mask(keys_B: Tensor, grid: tuple[int, int], count: int) -> Tensor:
     return _first(_integer_priority(derive(keys_B, "mask_uniform"), cells), count)
 
 
-def _place(mask_BHW: Tensor, draws_B4: Tensor, count: int, alive_B: Tensor, roots: Tensor) -> tuple[Tensor, Tensor]:
-    """Tries one rectangle per image; returns the masks after it and which images took theirs."""
-    height, width = mask_BHW.shape[1:]
-    left_B = count - mask_BHW.sum(dim=(1, 2))
-    smallest_B = left_B.clamp(max=max(1, round(MIN_BLOCK_RATIO * height * width)))
-    area_B = smallest_B + (draws_B4[:, 0] * (left_B - smallest_B + 1)).floor()
-    root_B = roots[(draws_B4[:, 1] * ASPECT_BINS).to(torch.int64)]
-    rows_B = (area_B.sqrt() * root_B).round().clamp(min=1)
-    cols_B = (area_B.sqrt() / root_B).round().clamp(min=1)
-    top_B = (draws_B4[:, 2] * (height - rows_B + 1)).floor()
-    start_B = (draws_B4[:, 3] * (width - cols_B + 1)).floor()
-    y_H = torch.arange(height, device=mask_BHW.device)
-    x_W = torch.arange(width, device=mask_BHW.device)
-    inside_BH = (y_H >= top_B[:, None]) & (y_H < (top_B + rows_B)[:, None])
-    inside_BW = (x_W >= start_B[:, None]) & (x_W < (start_B + cols_B)[:, None])
-    new_BHW = inside_BH[:, :, None] & inside_BW[:, None, :] & ~mask_BHW
-    added_B = new_BHW.sum(dim=(1, 2))
-    fits_B = (rows_B <= height) & (cols_B <= width)
-    taken_B = alive_B & fits_B & (added_B > 0) & (added_B <= left_B)
-    return mask_BHW | (new_BHW & taken_B[:, None, None]), taken_B
+class Placement(nn.Module):
+    """Tries one rectangle per image; a module, so that it can be compiled: eager, it is dozens of small kernels."""
+
+    def forward(self, mask_BHW: Tensor, skipped_B: Tensor, draws_B4: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The masks after it, and how many rectangles in a row each image has left out.
+
+        Args:
+            mask_BHW: bool, masked so far.
+            skipped_B: int64; an image that has left out `PATIENCE` takes no more.
+            draws_B4: float64 in [0, 1): area, aspect, row and column.
+            count: cells that are masked in the end.
+        """
+        height, width = mask_BHW.shape[1:]
+        left_B = count - mask_BHW.sum(dim=(1, 2))
+        smallest_B = left_B.clamp(max=max(1, round(MIN_BLOCK_RATIO * height * width)))
+        area_B = smallest_B + (draws_B4[:, 0] * (left_B - smallest_B + 1)).floor()
+        roots = constant(ASPECT_ROOTS, torch.float64, mask_BHW.device)
+        root_B = roots[(draws_B4[:, 1] * ASPECT_BINS).to(torch.int64)]
+        rows_B = (area_B.sqrt() * root_B).round().clamp(min=1)
+        cols_B = (area_B.sqrt() / root_B).round().clamp(min=1)
+        top_B = (draws_B4[:, 2] * (height - rows_B + 1)).floor()
+        start_B = (draws_B4[:, 3] * (width - cols_B + 1)).floor()
+        y_H = torch.arange(height, device=mask_BHW.device)
+        x_W = torch.arange(width, device=mask_BHW.device)
+        inside_BH = (y_H >= top_B[:, None]) & (y_H < (top_B + rows_B)[:, None])
+        inside_BW = (x_W >= start_B[:, None]) & (x_W < (start_B + cols_B)[:, None])
+        new_BHW = inside_BH[:, :, None] & inside_BW[:, None, :] & ~mask_BHW
+        added_B = new_BHW.sum(dim=(1, 2))
+        fits_B = (rows_B <= height) & (cols_B <= width)
+        taken_B = (skipped_B < PATIENCE) & fits_B & (added_B > 0) & (added_B <= left_B)
+        return mask_BHW | (new_BHW & taken_B[:, None, None]), torch.where(taken_B, 0, skipped_B + 1)
+
+
+_EAGER = Placement()
 
 
 def _distance(mask_BHW: Tensor) -> Tensor:
@@ -133,25 +147,24 @@ def _distance(mask_BHW: Tensor) -> Tensor:
     return (cost_BHW[:, :, None, :] + cols_WW).amin(dim=3)
 
 
-def block_mask(keys_B: Tensor, grid: tuple[int, int], count: int) -> Tensor:
+def block_mask(keys_B: Tensor, grid: tuple[int, int], count: int, place: nn.Module = _EAGER) -> Tensor:
     """Masks `count` cells in rectangles in every image (definition in the module's text).
 
     Args:
         keys_B: int64 [B], one key per sample.
         grid: (h, w) of the token grid.
         count: cells to mask per image.
+        place: a `Placement`, eager or compiled.
 
     Returns:
         bool [B, h*w], exactly `count` True per row, row-major.
     """
     cells = _check(grid, count)
     draws_BT4 = uniform(derive(keys_B, "mask_block"), 4 * TRIES).to(torch.float64).view(-1, TRIES, 4)
-    roots = constant(ASPECT_ROOTS, torch.float64, keys_B.device)
     mask_BHW = torch.zeros(keys_B.shape[0], *grid, dtype=torch.bool, device=keys_B.device)
     skipped_B = torch.zeros_like(keys_B)
     for draws_B4 in draws_BT4.unbind(1):
-        mask_BHW, taken_B = _place(mask_BHW, draws_B4, count, skipped_B < PATIENCE, roots)
-        skipped_B = torch.where(taken_B, 0, skipped_B + 1)
+        mask_BHW, skipped_B = place(mask_BHW, skipped_B, draws_B4, count)
     priority_BN = _integer_priority(derive(keys_B, "mask_fill"), cells)
     empty_B = ~mask_BHW.flatten(1).any(dim=1)
     seed_BN = (priority_BN == priority_BN.amin(dim=1, keepdim=True)) & empty_B[:, None]

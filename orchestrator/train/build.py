@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from itpn_core.compiling import compile_task
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.order import SampleOrder
-from orchestrator.train.compiling import checkpoint_gradients, compile_blocks
+from orchestrator.train.compiling import checkpoint_gradients
 from orchestrator.train.kind import Kind
 from orchestrator.train.optimizer import build_optimizer, parameter_groups, peak_lr
 from orchestrator.train.parallel import Parallel, Replicated, Sharded
@@ -43,7 +44,7 @@ def build_state(
     if config.train.grad_checkpointing:
         checkpoint_gradients(task)
     if config.train.compile:
-        compile_blocks(task, config.train.compile_backend)
+        compile_task(task, config.train.compile_backend, whole=config.train.compile_unit == "model")
     parallel: Parallel = Replicated(task, device, world) if mesh is None else Sharded(task, mesh)
     lr = peak_lr(config.train.optimizer, config.train.global_batch)
     depths = kind.depths(task)

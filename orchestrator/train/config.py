@@ -108,6 +108,14 @@ class TrainConfig:
     compile: bool = field(
         default=False, metadata={"affects_result": False, "help": "compile every block and the teacher (torch.compile)"}
     )
+    compile_unit: str = field(
+        default="block",
+        metadata={
+            "affects_result": False,
+            "help": "block | model: the student block by block, or as a whole, which compiles longer and runs faster",
+            "choices": "block,model",
+        },
+    )
     compile_backend: str = field(
         default="inductor", metadata={"affects_result": False, "help": "torch.compile's backend"}
     )

@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from itpn_core.compiling import blocks
 from itpn_core.errors import ConfigError
 from itpn_core.models.layers import ConcatMerge, ConvMerge
 from itpn_core.task import Task, TaskOutput
 from orchestrator.checkpoint.pieces import Piece, piece_of
 from orchestrator.checkpoint.store import Together
-from orchestrator.train.compiling import blocks
 from orchestrator.train.config import TrainConfig
 from orchestrator.train.context import RunContext
 

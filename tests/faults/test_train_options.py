@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from itpn_core.compiling import blocks
 from itpn_core.errors import ConfigError
 from orchestrator.checkpoint.store import MARKER, CheckpointStore
 from orchestrator.data.index import ShardIndex
 from orchestrator.data.manifest import Manifest
 from orchestrator.track.events import Artifact, Model
 from orchestrator.track.journal import records
-from orchestrator.train.compiling import blocks
 from orchestrator.train.engine import Engine
 from orchestrator.train.ledger import KEY, Trace
 from orchestrator.train.loop import train

@@ -71,7 +71,7 @@ class Case:
     def excess(self, kind: str, name: str, value: Tensor, record: dict) -> float:
         """Largest difference from the stored values in units of the tolerance."""
         assert list(value.shape) == record.get("shape", list(value.shape)), name
-        value = value.detach()
+        value = value.detach().cpu()
         if record["stored"] == "sampled":
             value = value.flatten()[self.tensors[f"{kind}_index/{name}"].long()]
         wanted = self.tensors[f"{kind}/{name}"]
@@ -79,12 +79,14 @@ class Case:
         return (value.double() - wanted.double()).abs().max().item() / record["tolerance"]
 
 
-def run(case: Case, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+def run(case: Case, model: nn.Module, device: str = "cpu") -> tuple[dict[str, float], dict[str, float]]:
     """Loads the case's weights and runs it: excess over tolerance (1 = at it) of every output and gradient."""
     missing, unexpected = model.eval().load_state_dict(case.weights(), strict=False)
     assert not missing
     assert not unexpected
-    inputs, records = case.inputs(), case.manifest.get("gradients")
+    model.to(device)
+    inputs = {name: value.to(device) for name, value in case.inputs().items()}
+    records = case.manifest.get("gradients")
     inputs["image"].requires_grad_(bool(records))
     with torch.set_grad_enabled(bool(records)):
         outputs = model(**inputs)
@@ -93,10 +95,10 @@ def run(case: Case, model: nn.Module) -> tuple[dict[str, float], dict[str, float
     }
     if not records:
         return over, {}
-    objective = torch.zeros(())
+    objective = torch.zeros((), device=device)
     for term in records["objective"]:
         value = outputs[term["output"]]
-        weight = 1.0 if term["seed"] is None else torch.from_numpy(normal(term["seed"], list(value.shape)))
+        weight = 1.0 if term["seed"] is None else torch.from_numpy(normal(term["seed"], list(value.shape))).to(device)
         objective = objective + (value * weight).mean()
     objective.backward()
     grads = {**model.official_grads(), "<image>": inputs["image"].grad}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from itpn_core.errors import ConfigError
 from itpn_core.pretraining import masking
-from itpn_core.pretraining.masking import block_mask, mask_count, uniform_mask
+from itpn_core.pretraining.masking import Placement, block_mask, mask_count, uniform_mask
 from itpn_core.random import derive, stream_keys, uniform
 
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -63,6 +63,12 @@ def test_block_mask_equals_the_plain_definition(grid, share, seed):
     count = int(share * grid[0] * grid[1])
     fast = block_mask(keys(3, seed), grid, count)
     assert torch.equal(fast, torch.stack([plain_block_mask(k, grid, count) for k in keys(3, seed)]))
+
+
+def test_compiled_block_mask_has_the_same_bits():
+    place = Placement()
+    place.compile()
+    assert torch.equal(block_mask(keys(64), (14, 14), 75, place), block_mask(keys(64), (14, 14), 75))
 
 
 @settings(max_examples=40, deadline=None)
