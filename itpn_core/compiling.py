@@ -1,4 +1,4 @@
-"""Compiling a task with `torch.compile`, block by block or the student's forward pass as a whole."""
+"""Compiling a task part by part with `torch.compile`."""
 
 from __future__ import annotations
 
@@ -33,23 +33,21 @@ def parts(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def compile_task(task: Task, backend: str = "inductor", *, whole: bool = False) -> int:
+def compile_task(task: Task, backend: str = "inductor") -> int:
     """Compiles in place, state names stay; what the task names itself (a frozen teacher, the mask) in any case.
 
-    By parts, one block's graph serves all blocks of its kind. As a whole, compiling takes several times longer, and
-    what lies between the blocks becomes fast too.
+    One block's graph serves all blocks of its kind, so compiling takes seconds where the whole model takes minutes.
 
     Args:
         task: what is trained.
         backend: torch.compile's.
-        whole: the student's forward pass as one graph.
 
     Returns:
         How many modules were marked; they are compiled when they are called first.
     """
     # Blocks of one class share their code, and torch counts variants (width, gradients on or off, batch) per code.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
-    found = [*([task.student] if whole else parts(task)), *task.compilable()]
+    found = [*parts(task), *task.compilable()]
     for part in found:
         part.compile(backend=backend)
     return len(found)

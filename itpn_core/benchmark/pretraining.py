@@ -146,15 +146,11 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
 
 
-def compiled(task: Task, *, whole: bool = False) -> Task:
+def compiled(task: Task) -> Task:
     """The same task, compiled as the training engine does it."""
     torch._dynamo.reset()
-    compile_task(task, whole=whole)
+    compile_task(task)
     return task
-
-
-def _compiled_step(task: Task, examples: Examples, whole: bool) -> TrainingStep:
-    return TrainingStep(compiled(copy.deepcopy(task), whole=whole), examples, naive=False)
 
 
 def _rows(
@@ -168,8 +164,7 @@ def _rows(
         "eager": partial(TrainingStep, task, examples, naive=False),
     }
     if not options.no_compile:
-        for name, whole in (("compiled", False), ("compiled whole", True)):
-            makers[name] = partial(_compiled_step, task, examples, whole)
+        makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
     found = measure(makers, device, options.rounds)
     gain = ratios({name: each.seconds for name, each in found.items()}, "naive") if "naive" in found else {}
     lines = []

@@ -71,7 +71,7 @@ class PretrainTask(Task):
 
     def compilable(self) -> list[nn.Module]:
         """The teacher and the mask's inner loop."""
-        return [self._placement, *(part for teacher in self._outside for part in teacher.compilable())]
+        return [self._placement, *self._outside]
 
     # --- mask ---
 

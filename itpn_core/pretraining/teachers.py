@@ -46,10 +46,6 @@ class Teacher(nn.Module):
     def grid_for(self, height: int, width: int) -> Grid:
         """Grid (h, w) of the features for images of the given size."""
 
-    def compilable(self) -> list[nn.Module]:
-        """The parts that are compiled: blocks that are alike, whose one graph takes seconds, or else all of it."""
-        return [self]
-
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode, whatever is asked."""
         del mode
@@ -164,12 +160,6 @@ class TimmTeacher(Teacher):
         """Width and grid of the features, read from the model rather than believed."""
         features_BCHW = self(torch.zeros(1, 3, *self.image_size))
         return features_BCHW.shape[1], (features_BCHW.shape[2], features_BCHW.shape[3])
-
-    def compilable(self) -> list[nn.Module]:
-        """As `Teacher.compilable`: plain ViTs block by block."""
-        blocks = list(getattr(self.model, "blocks", ()))
-        alike = len({type(block) for block in blocks}) == 1 and not isinstance(blocks[0], nn.Sequential)
-        return blocks if alike else [self]
 
     def grid_for(self, height: int, width: int) -> Grid:
         """Grid of the features: the same for every image, as all are resized to `image_size`."""

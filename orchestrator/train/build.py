@@ -44,7 +44,7 @@ def build_state(
     if config.train.grad_checkpointing:
         checkpoint_gradients(task)
     if config.train.compile:
-        compile_task(task, config.train.compile_backend, whole=config.train.compile_unit == "model")
+        compile_task(task, config.train.compile_backend)
     parallel: Parallel = Replicated(task, device, world) if mesh is None else Sharded(task, mesh)
     lr = peak_lr(config.train.optimizer, config.train.global_batch)
     depths = kind.depths(task)

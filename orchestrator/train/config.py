@@ -106,15 +106,8 @@ class TrainConfig:
         metadata={"affects_result": False, "help": "hybrid: workers that share one copy; 0 = those of one node"},
     )
     compile: bool = field(
-        default=False, metadata={"affects_result": False, "help": "compile every block and the teacher (torch.compile)"}
-    )
-    compile_unit: str = field(
-        default="block",
-        metadata={
-            "affects_result": False,
-            "help": "block | model: the student block by block, or as a whole, which compiles longer and runs faster",
-            "choices": "block,model",
-        },
+        default=False,
+        metadata={"affects_result": False, "help": "compile blocks, what stands between them, masks and teacher"},
     )
     compile_backend: str = field(
         default="inductor", metadata={"affects_result": False, "help": "torch.compile's backend"}

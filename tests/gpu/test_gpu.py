@@ -28,6 +28,7 @@ from tests.support import LocalRun, losses, tiny_config, write_shards
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:.torch.jit"),  # older torch uses it itself
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # switched off on purpose
 ]
 
 RESUMED, FP32 = 1e-5, 1e-4
@@ -146,12 +147,11 @@ def test_reduced_formats_stay_near_float32(data, tmp_path, precision):
     assert apart(full, reduced) < 0.05
 
 
-@pytest.mark.parametrize("unit", ["block", "model"])
-def test_compiled_losses_are_those_of_eager_code(data, tmp_path, unit):
+@pytest.mark.timeout(600)
+def test_compiled_losses_are_those_of_eager_code(data, tmp_path):
     eager = curve(data, tmp_path / "eager", "train.precision=fp32")
-    words = ("train.precision=fp32", "train.compile=true", f"train.compile_unit={unit}")
-    difference = apart(eager, curve(data, tmp_path / "compiled", *words))
-    print("compiled", unit, difference)
+    difference = apart(eager, curve(data, tmp_path / "compiled", "train.precision=fp32", "train.compile=true"))
+    print("compiled", difference)
     assert difference <= FP32
 
 
