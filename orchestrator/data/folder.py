@@ -15,7 +15,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore
 
 from orchestrator.data.errors import DataError
-from orchestrator.data.store import StoreConfig, is_refusal, open_client
+from orchestrator.data.store import StoreConfig, is_refusal, open_client, reason
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Folder:
         except AlreadyExistsError:
             return False
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot write {self.uri}/{key}: {_short(error)}") from error
+            raise StorageError(f"cannot write {self.uri}/{key}: {reason(error)}") from error
         return True
 
     def get(self, key: str) -> bytes:
@@ -77,7 +77,7 @@ class Folder:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot read {self.uri}/{key}: {_short(error)}") from error
+            raise StorageError(f"cannot read {self.uri}/{key}: {reason(error)}") from error
 
     def download(self, key: str, destination: Path) -> None:
         """Streams one object into a local file; raises as `get`."""
@@ -88,7 +88,7 @@ class Folder:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot read {self.uri}/{key}: {_short(error)}") from error
+            raise StorageError(f"cannot read {self.uri}/{key}: {reason(error)}") from error
 
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
@@ -97,7 +97,7 @@ class Folder:
         except FileNotFoundError:
             return False
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot reach {self.uri}/{key}: {_short(error)}") from error
+            raise StorageError(f"cannot reach {self.uri}/{key}: {reason(error)}") from error
         return True
 
     def modified(self, key: str) -> float:
@@ -107,7 +107,7 @@ class Folder:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{key}") from None
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot reach {self.uri}/{key}: {_short(error)}") from error
+            raise StorageError(f"cannot reach {self.uri}/{key}: {reason(error)}") from error
 
     def names(self, prefix: str = "") -> list[str]:
         """Names directly below `prefix` (folders without a trailing slash), sorted."""
@@ -116,7 +116,7 @@ class Folder:
         except FileNotFoundError:
             return []
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot list {self.uri}/{prefix}: {_short(error)}") from error
+            raise StorageError(f"cannot list {self.uri}/{prefix}: {reason(error)}") from error
         paths = [*listed["common_prefixes"], *(item["path"] for item in listed["objects"])]
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
@@ -128,7 +128,7 @@ class Folder:
             except FileNotFoundError:
                 continue
             except (BaseError, OSError) as error:
-                raise StorageError(f"cannot delete {self.uri}/{key}: {_short(error)}") from error
+                raise StorageError(f"cannot delete {self.uri}/{key}: {reason(error)}") from error
 
     def _remove(self, key: str) -> None:
         self._ask(lambda store: store.delete(key))
@@ -138,11 +138,17 @@ class Folder:
         try:
             keys = self._ask(lambda store: [item["path"] for batch in store.list(f"{prefix}/") for item in batch])
         except (BaseError, OSError) as error:
-            raise StorageError(f"cannot list {self.uri}/{prefix}: {_short(error)}") from error
+            raise StorageError(f"cannot list {self.uri}/{prefix}: {reason(error)}") from error
         self.delete(keys)
         path = self.local_path(prefix)
         if path is not None and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+
+    def remote(self) -> tuple[str, ...]:
+        """How a command names a folder on an object store: URI and endpoint; () where it is on this machine's disk."""
+        if self.local_path() is not None:
+            return ()
+        return (self.uri, "--endpoint", self._config.endpoint) if self._config.endpoint else (self.uri,)
 
     def local_path(self, key: str = "") -> Path | None:
         """Where an object lies on this machine's disk; None for an object store."""
@@ -161,10 +167,5 @@ def _open(uri: str, config: StoreConfig) -> Any:
         return open_client(uri, config)
     except (BaseError, OSError, ValueError) as error:
         raise StorageError(
-            f"cannot open {uri!r}: {_short(error)}. Use a path, file://, s3://, gs:// or az://"
+            f"cannot open {uri!r}: {reason(error)}. Use a path, file://, s3://, gs:// or az://"
         ) from error
-
-
-def _short(error: BaseException) -> str:
-    """The first line of an error, without the debug dump that obstore appends."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

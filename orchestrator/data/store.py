@@ -334,7 +334,7 @@ def open_client(uri: str, config: StoreConfig) -> obs.ObjectStore:
     return obs.from_url(uri, client_options=cast(Any, client), retry_config=cast(Any, retry), **extra)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error).split("\n\nDebug source", 1)[0]).strip()[:300]
 
 
@@ -344,22 +344,26 @@ def _missing(where: str, uri: str, error: Exception) -> NotFoundError:
     return NotFoundError(f"{where}: no such object")
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Whether a server said that these credentials may not do this; of a list it comes as a general error."""
     kinds = obx.UnauthenticatedError | obx.PermissionDeniedError
     return isinstance(error, kinds) or _REFUSED.search(str(error)) is not None
 
 
-def _explain(where: str, error: Exception) -> str:
+def reason(error: BaseException) -> str:
+    """Why an object store did not do what it was asked, in words that say what to check."""
     text = str(error)
     if "error sending request" in text or "ConnectError" in text:
-        detail = _first_line(error)[-160:]
-        return f"{where}: the server cannot be reached; check the endpoint and the network ({detail})"
+        return f"the server cannot be reached; check the endpoint and the network ({_first_line(error)[-160:]})"
     if is_refusal(error):
         return (
-            f"{where}: access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the role of "
-            "this machine) and the bucket's policy"
+            "access refused; check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY or the role of this "
+            "machine) and the bucket's policy"
         )
     if "169.254.169.254" in text:
-        return f"{where}: no credentials were found in the environment, and this machine has no role that provides any"
-    return f"{where}: {_first_line(error)}"
+        return "no credentials were found in the environment, and this machine has no role that provides any"
+    return _first_line(error) or type(error).__name__
+
+
+def _explain(where: str, error: Exception) -> str:
+    return f"{where}: {reason(error)}"

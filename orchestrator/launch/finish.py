@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from orchestrator.config.tree import JobConfig
@@ -43,6 +44,7 @@ def _record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, 
         role="driver",
         secrets=secret_values(os.environ),
         follow=config.track.follow,
+        storage=folder.remote(),
     )
     recorder.tags({"run.state": state, "run.reason": reason, "run.states": life.story()})
     diff = working_diff()
@@ -50,11 +52,23 @@ def _record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, 
         recorder.text("git.diff", diff)
     recorder.state(MLFLOW_STATE[state], reason)
     tell_story(recorder, folder)
+    segments = recorder.close_segment()
     backlog = recorder.close()
     if trouble := recorder.trouble():
         raise JournalError(f"the end of the run ({state}) is not whole in its journal: {trouble}")
     if config.track.follow and not backlog.empty:
         print(f"warning: {backlog}")
+        keep(folder, recorder, segments)
+
+
+def keep(folder: Folder, recorder: Recorder, segments: list[Path]) -> None:
+    """Takes to run storage what the server lacks: this host's disk may go with the job."""
+    committed = CommittedJournal(folder, recorder.directory)
+    try:
+        committed.commit(segments)
+        committed.keep_files()
+    except StorageError as error:
+        print(f"warning: the end of the journal is only in {recorder.directory}: {error}")
 
 
 def tell_story(recorder: Recorder, folder: Folder) -> None:

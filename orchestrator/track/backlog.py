@@ -38,7 +38,9 @@ class Backlog:
         lines = []
         if self.waiting:
             why = f" ({self.reason})" if self.reason else ""
-            lines.append(f"{self.waiting} records are not in MLflow at {self.target} yet{why}; they are safe on disk.")
+            lines.append(
+                f"{self.waiting} records are not in MLflow at {self.target} yet{why}; they are safe in the journal."
+            )
             lines.append(f"Ship them later: {self.replay}")
         if self.refused:
             lines.append(f"{self.refused} records were refused by MLflow; see track/refused.jsonl in the run directory")

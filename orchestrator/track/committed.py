@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from orchestrator.data.folder import Folder
-from orchestrator.track.journal import restore_segments
+from orchestrator.track.events import Artifact, Model
+from orchestrator.track.identity import PLACE as IDENTITY
+from orchestrator.track.journal import records, restore_segments
 
 _PLACE = "journal"
 
@@ -38,14 +40,67 @@ class CommittedJournal:
                 self._folder.put(key, path.read_bytes())
                 self._held.add(key)
 
+        identity = self._directory / IDENTITY
+        if self._remote and identity.as_posix() not in self._held and identity.exists():
+            self._folder.put(IDENTITY.as_posix(), identity, only_if_absent=True)
+            self._held.add(identity.as_posix())
+
+    def keep_files(self) -> None:
+        """Copies the files that the journal speaks of: the server has not taken them and may never see this disk.
+
+        Raises:
+            StorageError: storage does not take them.
+        """
+        if not self._remote:
+            return
+        for name in self._named():
+            path = self._directory / name
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                key = file.relative_to(self._directory).as_posix()
+                if file.is_file() and not self._folder.exists(key):
+                    self._folder.put(key, file)
+
+    def restore_files(self) -> None:
+        """Puts back the files that the journal speaks of and this host lacks, as far as storage has them.
+
+        Raises:
+            StorageError: storage cannot be read.
+        """
+        for name in self._named():
+            if not (self._directory / name).exists():
+                self._fetch(name)
+
+    def _named(self) -> list[str]:
+        """Files and folders of the run directory that records name."""
+        names = set()
+        for record in records(self._directory):
+            if isinstance(record.event, Artifact):
+                names.add(record.event.path)
+            elif isinstance(record.event, Model):
+                names.add(record.event.weights)
+        return sorted(name for name in names if not Path(name).is_absolute() and ".." not in Path(name).parts)
+
+    def _fetch(self, key: str) -> None:
+        path = self._directory / key
+        if self._folder.exists(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.download(key, path)
+            return
+        for name in self._folder.names(key):
+            self._fetch(f"{key}/{name}")
+
     def restore(self) -> None:
-        """Puts back the segments that this host lacks.
+        """Puts back the segments that this host lacks, and who the run is.
 
         Raises:
             StorageError: storage cannot be read.
         """
         if not self._remote:
             return
+        identity = self._directory / IDENTITY
+        if not identity.exists() and self._folder.exists(IDENTITY.as_posix()):
+            identity.parent.mkdir(parents=True, exist_ok=True)
+            self._folder.download(IDENTITY.as_posix(), identity)
         with tempfile.TemporaryDirectory(prefix="journal-") as scratch:
             pairs = []
             for stream in self._folder.names(_PLACE):

@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_PLACE = Path("track") / "run.json"
+PLACE = Path("track") / "run.json"
+"""Where it lies in a run directory, and in a run folder on storage."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Identity:
 
 def write_identity(directory: Path, run_uid: str, name: str, experiment: str, parent_uid: str) -> int:
     """Leaves the record in a run's directory, unless one is there; returns when the run began (ms since the epoch)."""
-    path = directory / _PLACE
+    path = directory / PLACE
     with contextlib.suppress(OSError, ValueError, KeyError):  # not there yet, or damaged: written anew
         return int(json.loads(path.read_text())["begun_ms"])
     begun_ms = time.time_ns() // 1_000_000
@@ -49,7 +50,7 @@ def read_identity(directory: Path) -> Identity:
     Raises:
         ValueError: the directory holds no recorded run.
     """
-    path = directory / _PLACE
+    path = directory / PLACE
     try:
         found = json.loads(path.read_text())
         run_uid, name, experiment = (str(found[key]) for key in ("run_uid", "name", "experiment"))

@@ -49,6 +49,8 @@ class Recorder:
         parent_uid: `run_uid` of the run under which this one is shown (a trial of a sweep).
         secrets: values that may appear nowhere (see `redact.secret_values`).
         follow: False to write the journal only.
+        storage: how `jobs/sync_runs.py` is told the run folder where that is not this disk (`Folder.remote`): what is
+            not shipped is replayed from there.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Recorder:
         parent_uid: str = "",
         secrets: Sequence[str] = (),
         follow: bool = True,
+        storage: Sequence[str] = (),
     ) -> None:
         self.directory = Path(directory).absolute()
         self._config = config
+        self._storage = storage
         self._redactor = Redactor(secrets)
         self._journal = Journal(self.directory, attempt, role, int(config.segment_mb * (1 << 20)))
         begun_ms = write_identity(self.directory, run_uid, name, config.experiment, parent_uid)
@@ -275,7 +279,7 @@ class Recorder:
 
     def _backlog(self, error: str) -> Backlog:
         target = self._redactor.shapes(self._config.uri)
-        replay = f"python jobs/sync_runs.py {shlex.quote(str(self.directory))} --uri {shlex.quote(target)}"
+        replay = shlex.join(["python", "jobs/sync_runs.py", *(self._storage or [str(self.directory)]), "--uri", target])
         return Backlog(
             waiting=self._shipper.waiting(),
             refused=self._shipper.refused,

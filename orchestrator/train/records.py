@@ -68,6 +68,7 @@ class RunRecords:
             name=self._config.run.name,
             secrets=secret_values(os.environ),
             follow=self._config.track.follow,
+            storage=self._run.folder.remote(),
         )
         recorder.state("running")
         config = asdict(self._config)
@@ -266,5 +267,7 @@ class RunRecords:
             self._run.note(f"warning: {backlog}")
         try:
             self._journal.commit(segments)
+            if not backlog.empty:
+                self._journal.keep_files()
         except StorageError as error:
             self._run.note(f"warning: the end of the journal is not in run storage: {error}")

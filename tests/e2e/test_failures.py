@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.data.folder import Folder
@@ -146,6 +150,86 @@ def test_a_journal_that_its_disk_does_not_take_ends_the_run_with_1_after_a_check
     assert record(folder)["state"] == "failed"
     assert told in record(folder)["history"][-1]["reason"]
     assert CheckpointStore(folder, keep=3).load_newest().step == committed(folder)[-1]
+
+
+UNTRACKED = ("track.uri=http://127.0.0.1:9", "track.follow=true", "track.close_timeout_s=1", "run.storage=s3://runs")
+
+
+def test_mlflow_that_is_away_changes_nothing_and_the_command_that_is_named_ships_the_backlog(here, tmp_path):
+    text = ended(here.start("run.name=untracked", *UNTRACKED), 0)
+    assert "warning: MLflow cannot be reached" in text
+    assert "k-NN" in text
+    assert record(here.folder("untracked", "s3://runs"))["state"] == "finished"
+    for place in Path("/tmp").glob("itpn-run-*"):  # a job's pod is gone by the time somebody replays
+        if place.name.endswith(record(here.folder("untracked", "s3://runs"))["run_uid"]):
+            shutil.rmtree(place)
+    named = [line for line in text.splitlines() if "jobs/sync_runs.py s3://runs/untracked" in line][-1]
+    words = shlex.split(named[named.index("python jobs/") :])
+    server = f"sqlite:///{tmp_path}/later.db"
+    words[words.index("--uri") + 1] = server
+    shipped = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, env=here.environment, capture_output=True, text=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+    assert shipped.returncode == 0, shipped.stdout + shipped.stderr
+    assert "0 waiting, 0 refused" in shipped.stdout
+    client = MlflowClient(server)
+    (run,) = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) > 1
+    names = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "report.html", "weights", "journal"} <= names
+
+
+def test_mlflow_that_is_required_and_away_ends_the_job_with_2_before_anything_is_written(here):
+    text = ended(here.start("run.name=required", "track.required=true", *UNTRACKED), 2, 60)
+    (line,) = [line for line in text.splitlines() if line.startswith("error")]
+    assert "127.0.0.1:9" in line
+    assert here.folder("required", "s3://runs").names() == []
+
+
+def test_a_rank_that_fails_is_the_first_that_is_heard_and_the_job_ends_with_1(here):
+    """A sample in one rank's part is damaged after the shards were indexed, and none may be."""
+    broken = here.home / "data" / "broken"
+    shutil.copytree(here.home / "data" / "fashion-mnist", broken)
+    shard = max(broken.glob("train*.tar"), key=lambda path: path.stat().st_size)
+    with shard.open("r+b") as file:
+        file.seek(shard.stat().st_size // 2)
+        file.write(b"\xff" * 600)
+    folder = here.folder("broken")
+    job = here.start(
+        "run.name=broken", f"data.source={broken}", "cluster.workers=2", "cluster.max_failures=0",
+        *ENDLESS,
+    )  # fmt: skip
+    text = ended(job, 1, 200)
+    assert re.search(r"error: the run failed: rank [01] on \S+: .*" + re.escape(shard.name), text), text
+    assert "Type the same command again to resume" in text
+    kept = folder.get("failures/attempt-0001.txt").decode()
+    assert shard.name in kept.splitlines()[0]
+    assert record(folder)["state"] == "failed"
+
+
+def test_two_interrupts_end_the_job_with_130(here):
+    folder = here.folder("twice")
+    job = here.start("run.name=twice", *ENDLESS)
+    wait_for("a commit", lambda: committed(folder), job)
+    job.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    job.send_signal(signal.SIGINT)
+    text = ended(job, 130)
+    assert "interrupted" in text
+    assert CheckpointStore(folder, keep=3).load_newest() is not None
+
+
+def test_credentials_that_are_refused_by_checkpoint_storage_alone_end_the_job_with_2_within_15_s(here):
+    job = here.start("run.name=shut", "run.storage=s3://runs", "track.follow=false")
+    here.gate.refuse = lambda method, path: path.startswith("/runs/")
+    began = time.monotonic()
+    text = ended(job, 2, 60)
+    assert time.monotonic() - began < 15
+    (line,) = text.splitlines()
+    assert line.startswith("error: ")
+    assert "access refused; check the credentials" in line
 
 
 def journal(here, folder):

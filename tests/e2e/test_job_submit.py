@@ -93,4 +93,4 @@ def test_submitted_job_runs_and_lands_in_the_same_mlflow(head, tmp_path):
     wrong = {**environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
     (tmp_path / "wrong").write_text("f" * 32)
     refused = subprocess.run(submit, cwd=ROOT, env=wrong, capture_output=True, text=True, timeout=120, check=False)
-    assert refused.returncode != 0
+    assert refused.returncode == 1

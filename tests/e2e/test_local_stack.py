@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -284,10 +285,12 @@ def test_wrong_s3_credentials_end_with_one_line_before_any_worker(stack):
     environment = {**stack.env, "AWS_SECRET_ACCESS_KEY": "wrong"}
     settings = [word for word in TINY if not word.startswith("track.follow")]
     command = [sys.executable, "jobs/pretrain.py", *settings, "data.source=s3://itpn/shards/tiny"]
+    began = time.monotonic()
     done = subprocess.run(
         [*command, "run.storage=s3://itpn/runs"], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=120, check=False,
     )  # fmt: skip
+    assert time.monotonic() - began < 15
     assert done.returncode == 2
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1

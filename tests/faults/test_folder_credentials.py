@@ -40,5 +40,5 @@ def test_every_request_reads_withdrawn_credentials_again(gate, tmp_path):
 def test_a_refusal_that_stays_is_an_error(gate):
     folder = Folder("s3://runs/two", StoreConfig(endpoint=gate.endpoint))
     gate.refuse = lambda method, path: method == "PUT"
-    with pytest.raises(StorageError, match="AccessDenied"):
+    with pytest.raises(StorageError, match="access refused"):
         folder.put("new", b"1")

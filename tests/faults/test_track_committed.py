@@ -1,5 +1,6 @@
 """Runs in object storage: what rank 0's host and the driver's host each have, and what the run's story is made from."""
 
+import shlex
 import shutil
 import time
 
@@ -7,9 +8,10 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 
+from jobs.sync_runs import main
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
-from orchestrator.launch.finish import tell_story
+from orchestrator.launch.finish import keep, tell_story
 from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.config import TrackConfig, resolve
 from orchestrator.track.figures import curve_figure
@@ -70,6 +72,57 @@ def test_the_driver_tells_the_whole_story_of_a_run_on_another_host(config, folde
         f"{stream}/000001.jsonl", f"{stream}/000002.jsonl"
     ]  # fmt: skip
     assert [point.step for point in client.get_metric_history(backlog.run_id, "train/loss")] == list(range(10))
+
+
+def test_a_run_is_replayed_from_object_storage_after_its_hosts_are_gone(folder, tmp_path, capfd):
+    """The server is away from the first record to the last, and both disks go with the job."""
+    dead = "http://127.0.0.1:9"
+    down = TrackConfig(uri=dead, poll_s=0.02, experiment="gone")
+    there, here = tmp_path / "there", tmp_path / "here"
+    rank0 = Recorder(down, "uid of the gone", there, name="photos", storage=folder.remote())
+    for step in range(10):
+        rank0.metrics(step, {"train/loss": 2.0 / (step + 1)})
+    rank0.text("config.yaml", "a: 1")
+    curve_figure(there / "figures" / "one.png", {"a": [(0, 1.0), (1, 2.0)]}, title="one")
+    rank0.artifact(there / "figures", "figures")
+    rest = rank0.close_segment()
+    said = rank0.close(0.1)
+    committed = CommittedJournal(folder, there)
+    committed.commit(rest)
+    committed.keep_files()
+    shutil.rmtree(there)
+    driver = Recorder(down, "uid of the gone", here, name="photos", role="driver", storage=folder.remote())
+    tell_story(driver, folder)
+    driver.state("finished", "all steps done")
+    segment = driver.close_segment()
+    driver.close(0.1)
+    keep(folder, driver, segment)
+    shutil.rmtree(here)
+
+    words = shlex.split(said.replay)
+    assert words[:3] == ["python", "jobs/sync_runs.py", folder.uri]
+    assert main([*words[2 : words.index("--uri")], "--patience", "1", "--uri", dead]) == 1
+    server = f"sqlite:///{tmp_path}/again.db"
+    capfd.readouterr()
+    for _ in range(2):  # again changes nothing
+        assert main([*words[2 : words.index("--uri")], "--uri", server]) == 0
+    assert "0 waiting, 0 refused" in capfd.readouterr().out
+    client = MlflowClient(server)
+    (found,) = client.search_runs([client.get_experiment_by_name("gone").experiment_id])
+    assert found.info.status == "FINISHED"
+    losses = [point.value for point in client.get_metric_history(found.info.run_id, "train/loss")]
+    assert losses == [2.0 / step for step in range(1, 11)]
+    kept = {item.path for item in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "figures", "report.html", "journal"} <= kept
+
+
+def test_replay_from_object_storage_says_what_is_wrong(folder, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    endpoint = folder.remote()[2]
+    assert main([f"{folder.uri}/none", "--endpoint", endpoint, "--uri", "sqlite:///x.db"]) == 2
+    assert "holds no journal" in capsys.readouterr().err
+    assert main(["s3://absent-bucket/run", "--endpoint", endpoint, "--uri", "sqlite:///x.db"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_picture_that_died_with_its_host_unshipped_is_said(config, folder, tmp_path):
