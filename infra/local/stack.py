@@ -112,18 +112,33 @@ def wait_for(
 def stop(stack: Stack, name: str) -> bool:
     """Ends a service and all that it started, politely at first; says whether there was one. Never touches others."""
     pid = running(stack, name)
+    left = 0 if pid else orphaned(stack, name)
     if pid:
         # PostgreSQL ends its sessions on SIGINT; SIGTERM would wait for them.
         os.kill(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
         within(20, lambda: not running(stack, name))
-        for member in session(pid):
+    if leader := pid or left:
+        for member in session(leader):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member, signal.SIGKILL)
         # A killed process holds its port until the kernel has taken it down.
-        if not within(20, lambda: not session(pid)):
-            raise StackError(f"{name}: processes {session(pid)} do not end although they were killed; see ps -s {pid}")
+        if not within(20, lambda: not session(leader)):
+            members = session(leader)
+            raise StackError(f"{name}: processes {members} do not end although they were killed; see ps -s {leader}")
     stack.record(name).unlink(missing_ok=True)
-    return bool(pid)
+    return bool(pid or left)
+
+
+def orphaned(stack: Stack, name: str) -> int:
+    """The session of a service whose first process has died and whose others live; 0 when there is none.
+
+    The kernel gives a number to nobody else while a session has it, so who is in that session was started by us.
+    """
+    try:
+        leader = int(json.loads(stack.record(name).read_text())["pid"])
+    except (OSError, ValueError, KeyError):
+        return 0
+    return leader if not birth(leader) and session(leader) else 0
 
 
 def session(leader: int) -> list[int]:
@@ -348,6 +363,8 @@ def up(stack: Stack) -> None:
         if running(stack, name):
             say(f"{name}: running already")
             continue
+        if stop(stack, name):
+            say(f"{name}: its first process had died; what it left was stopped")
         needed = [name] if name != "ray" else ["ray", "dashboard"]
         for port in needed:
             if not free(stack.ports[port]):

@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,6 +16,7 @@ import uuid
 from pathlib import Path
 
 import boto3
+import psutil
 import psycopg2
 import pytest
 from mlflow import MlflowClient
@@ -127,6 +130,33 @@ def test_up_again_changes_nothing_and_prints_no_secret(stack):
     assert not any(file.read_text() in shown for file in (stack.folder / "secrets").iterdir())
 
 
+def test_every_port_that_ray_does_not_choose_is_on_loopback(stack):
+    """Ray's own (GCS, raylet, metrics) are on all interfaces, behind the token; docs/security.md says so."""
+    leaders = {name: json.loads(record)["pid"] for name, record in stack.processes().items()}
+    found = {name: set() for name in SERVICES}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            for name in [name for name, leader in leaders.items() if os.getsid(process.pid) == leader]:
+                listening = [c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+                found[name].update((address.ip, address.port) for address in listening)
+    loopback = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    for name in SERVICES:
+        assert stack.ports[name] in {port for _, port in found[name]}, name
+    assert {ip for name in ("s3", "postgres", "mlflow") for ip, _ in found[name]} <= loopback
+    assert {ip for ip, port in found["ray"] if port == stack.ports["dashboard"]} <= loopback
+
+
+def test_what_a_dead_service_left_is_stopped_before_it_starts_again(stack):
+    """MLflow's first process is killed; its workers live on and hold the port."""
+    leader = json.loads(stack.processes()["mlflow"])["pid"]
+    os.kill(leader, signal.SIGKILL)
+    again = stack.up()
+    assert "mlflow: its first process had died; what it left was stopped" in again.stderr
+    assert again.stderr.count("running already") == len(SERVICES) - 1
+    assert json.loads(stack.processes()["mlflow"])["pid"] != leader
+    assert http_status(f"{stack.env['MLFLOW_TRACKING_URI']}/health") == 200
+
+
 def test_a_taken_port_is_named_and_nothing_is_stopped(stack, tmp_path):
     other = LocalStack(tmp_path)
     other.ports = stack.ports
@@ -135,6 +165,25 @@ def test_a_taken_port_is_named_and_nothing_is_stopped(stack, tmp_path):
     assert f"port {stack.ports['s3']} of 127.0.0.1 is taken" in refused.stderr
     assert other.script("down").returncode == 0
     assert stack.script("status").stdout.count(": running") == len(SERVICES)
+
+
+@contextlib.contextmanager
+def watched_commands():
+    """All command lines that any account can see, from one end of the block to the other."""
+    shown, done = set(), threading.Event()
+
+    def look():
+        while not done.wait(0.3):
+            ps = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+            shown.update(ps.stdout.splitlines())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield shown
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_shards_training_checkpoints_and_records_on_the_stack(stack, tmp_path):
@@ -156,9 +205,14 @@ def test_shards_training_checkpoints_and_records_on_the_stack(stack, tmp_path):
         str(recipe), *settings, "cluster.workers=2", "run.name=job", "train.epochs=1", "data.source=s3://itpn/shards/tiny",
         "run.storage=s3://itpn/runs", "track.required=true",
     ]  # fmt: skip
-    done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    with watched_commands() as shown:
+        done = subprocess.run(submit, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "k-NN trained" in done.stdout
+    assert any("jobs/pretrain.py" in line for line in shown), "the job was seen"
+    assert any("ray::" in line for line in shown), "its workers were seen"
+    secrets = [file.read_text() for file in (stack.folder / "secrets").iterdir()]
+    assert not [line for line in shown for secret in (*secrets, PLANTED) if secret in line]
 
     s3 = boto3.client(
         "s3", endpoint_url=env["AWS_ENDPOINT_URL"], region_name="us-east-1",
