@@ -31,11 +31,58 @@ GAUGES = {
 }
 """Name in the journal -> (name here, meaning)."""
 STEP, WINDOW_TIME = "itpn_step", "itpn_window_time_seconds"
+PROGRESS_TIME = "itpn_progress_time_seconds"
 STEP_SECONDS, STEPS = "itpn_step_seconds", "itpn_steps"
 BOUNDARIES = [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0, 300.0]
 
 
-class TrainingMetrics:
+class _Repeated:
+    """Gauges that are set again and again until `close`, so that Ray does not forget them."""
+
+    def __init__(self, repeat_s: float) -> None:
+        self._newest: list[tuple[Gauge, float]] = []
+        self._repeat_s = repeat_s
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the repetition; the gauges go."""
+        self._end.set()
+        self._thread.join(timeout=10)
+
+    def _show(self) -> None:
+        for gauge, value in self._newest:
+            gauge.set(value)
+
+    def _repeat(self) -> None:
+        while not self._end.wait(self._repeat_s):
+            self._show()
+
+
+class DriverMetrics(_Repeated):
+    """When the run last took a step, as its driver knows it: also while no worker is there to tell.
+
+    Args:
+        run: name of the run.
+        repeat_s: as for `TrainingMetrics`.
+    """
+
+    def __init__(self, run: str, repeat_s: float = 5.0) -> None:
+        words = "when the driver last heard of a new step, or started, Unix time"
+        self._gauge = Gauge(PROGRESS_TIME, words, ("run",)).set_default_tags({"run": run})
+        self._step = -1
+        super().__init__(repeat_s)
+        self.heard(0)
+
+    def heard(self, step: int) -> None:
+        """Takes note of the step that the run is at; called about twice a second."""
+        if step != self._step:
+            self._step = step
+            self._newest = [(self._gauge, time.time())]
+
+
+class TrainingMetrics(_Repeated):
     """The metrics of one run, held by its rank 0.
 
     Args:
@@ -55,11 +102,7 @@ class TrainingMetrics:
         self._seconds = Histogram(
             STEP_SECONDS, "time per step, mean of each window", BOUNDARIES, ("run",)
         ).set_default_tags(tags)
-        self._newest: list[tuple[Gauge, float]] = []
-        self._repeat_s = repeat_s
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._repeat, name="metrics", daemon=True)
-        self._thread.start()
+        super().__init__(repeat_s)
 
     def window(self, step: int, steps: int, values: dict[str, float]) -> None:
         """Shows what one window measured.
@@ -75,16 +118,3 @@ class TrainingMetrics:
         # Replaced, not changed: the other thread may be reading it.
         self._newest = [(self._step, step), (self._time, time.time()), *measured]
         self._show()
-
-    def close(self) -> None:
-        """Ends the repetition; the gauges go."""
-        self._end.set()
-        self._thread.join(timeout=10)
-
-    def _show(self) -> None:
-        for gauge, value in self._newest:
-            gauge.set(value)
-
-    def _repeat(self) -> None:
-        while not self._end.wait(self._repeat_s):
-            self._show()

@@ -94,16 +94,28 @@ class Lifecycle:
         return ", ".join(f"{entry['state']} {entry['at'][11:19]}" for entry in mine)
 
 
+def _read(body: bytes) -> RunRecord:
+    found = RunRecord(**json.loads(body))
+    if not (isinstance(found.fields, dict) and isinstance(found.history, list) and isinstance(found.attempts, int)):
+        raise ValueError("its entries are not those of a run")
+    return found
+
+
 def open_record(folder: Folder, fields: dict[str, Any], name: str) -> RunRecord:
     """The record of this run name: the stored one when its fields are equal, else a new one.
 
     Raises:
-        SettingError: the name was used with other settings; all differing keys are listed.
+        SettingError: the name was used with other settings; all differing keys are listed. Or the record is damaged.
     """
     try:
-        stored = RunRecord(**json.loads(folder.get(KEY)))
+        stored = _read(folder.get(KEY))
     except FileNotFoundError:
         return RunRecord(run_uid=uuid.uuid4().hex, fields=fields)
+    except (ValueError, TypeError) as error:
+        raise SettingError(
+            f"{folder.uri}/{KEY} is damaged ({error}): nobody can say which settings this run has. Put back an earlier "
+            "version of that object, or give another run.name; the checkpoints beside it are untouched"
+        ) from error
     differing = [
         f"{key}: was {stored.fields.get(key, '(absent)')!r}, now {fields.get(key, '(absent)')!r}"
         for key in sorted(stored.fields.keys() | fields.keys())

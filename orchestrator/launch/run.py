@@ -31,6 +31,7 @@ from orchestrator.launch.evaluations import Job, RayRunner, looking, resolve_whe
 from orchestrator.launch.failure import root_cause
 from orchestrator.launch.finish import end_table, record_end
 from orchestrator.launch.lease import HeldError, Lease
+from orchestrator.launch.metrics import DriverMetrics
 from orchestrator.launch.nodes import check_nodes, make_question
 from orchestrator.launch.record import KEY, Lifecycle, open_record
 from orchestrator.launch.show import ProgressLine, duration
@@ -126,6 +127,8 @@ class _Attempt:
             with contextlib.ExitStack() as stack:
                 with self._stops.interrupting():
                     resources = self._prepare(stack)
+                self._metrics = DriverMetrics(self._config.run.name)
+                stack.callback(self._metrics.close)
                 with looking(self._desk(resources)):
                     returned, cause = self._train(resources)
         except StopRequest as stop:
@@ -234,10 +237,12 @@ class _Attempt:
 
     @contextlib.contextmanager
     def _shown(self, board: Any) -> Iterator[None]:
-        line = ProgressLine()
+        line, metrics = ProgressLine(), self._metrics
 
         def show(news: News) -> None:
             line(news)
+            if news.progress is not None:
+                metrics.heard(news.progress.step)
             for state, reason in news.states:
                 self._life.note(state, reason)
             for wish in news.requests:

@@ -131,7 +131,8 @@ def exported():
     """Prometheus' names of what `orchestrator.launch.metrics` shows; tests/e2e/test_metrics.py reads them off Ray."""
     gauges = {f"ray_{name}" for name, _ in metrics.GAUGES.values()}
     histogram = {f"ray_{metrics.STEP_SECONDS}_{part}" for part in ("bucket", "sum", "count")}
-    return gauges | histogram | {f"ray_{metrics.STEP}", f"ray_{metrics.WINDOW_TIME}", f"ray_{metrics.STEPS}_total"}
+    others = {metrics.STEP, metrics.WINDOW_TIME, metrics.PROGRESS_TIME, f"{metrics.STEPS}_total"}
+    return gauges | histogram | {f"ray_{name}" for name in others}
 
 
 def named(expressions):

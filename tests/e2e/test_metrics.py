@@ -17,14 +17,15 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(700)]
 SCRAPE = """
 import json, socket, sys, time, urllib.error, urllib.request
 import ray
-from orchestrator.launch.metrics import TrainingMetrics
+from orchestrator.launch.metrics import DriverMetrics, TrainingMetrics
 
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _metrics_export_port=port,
          _node_ip_address="127.0.0.1")
-shown, steps = TrainingMetrics("a run"), 3
+shown, driver, steps = TrainingMetrics("a run"), DriverMetrics("a run"), 3
+driver.heard(3)
 began = time.perf_counter()
 shown.window(3, steps, json.loads(sys.argv[1]))
 first = time.perf_counter() - began
@@ -54,6 +55,7 @@ seen = [wait_for(lambda text: "ray_itpn_steps_total{" in text and "ray_itpn_step
 time.sleep(40)  # no window ends for longer than Ray keeps a gauge
 seen.append(wait_for(bool))
 shown.close()
+driver.close()
 seen.append(wait_for(lambda text: text and "ray_itpn_step{" not in text))
 print(json.dumps(seen))
 """
@@ -77,6 +79,8 @@ def test_dashboard_and_alerts_find_what_a_run_shows_while_it_goes_on():
     assert found["ray_itpn_steps_total"] == 3 * 1001
     assert found["ray_itpn_step_seconds_count"] == 1001
     assert found["ray_itpn_window_time_seconds"] > 1.7e9
+    assert found["ray_itpn_progress_time_seconds"] > 1.7e9
     assert "ray_itpn_window_time_seconds{" in first
     # A run that has ended raises no alarm.
     assert "ray_itpn_window_time_seconds{" not in ended
+    assert "ray_itpn_progress_time_seconds{" not in ended

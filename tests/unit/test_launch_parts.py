@@ -43,6 +43,17 @@ def test_record_comes_back_and_refuses_other_settings(tmp_path):
         open_record(folder, result_fields(config("train.seed=3"), "m"), "n")
 
 
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"{}", b'{"run_uid": "a", "fields": 3}', b'{"run_uid": "a", "more": 1}']
+)
+def test_a_damaged_record_is_said_and_left_alone(tmp_path, body):
+    folder = Folder(str(tmp_path))
+    folder.put("run.json", body)
+    with pytest.raises(SettingError, match=r"run.json is damaged \(.+\): nobody can say .* give another run.name"):
+        open_record(folder, {}, "n")
+    assert folder.get("run.json") == body
+
+
 def test_places_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = resolve(config("data.source=shards"), {"ITPN_HOME": "/h"})
