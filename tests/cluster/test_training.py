@@ -62,6 +62,28 @@ def test_with_a_wrong_token_no_job_starts(whole):
     assert whole.keys("runs/refused/") == []
 
 
+def test_storage_that_one_host_does_not_reach_is_said_before_any_worker_starts(whole):
+    """The driver's host reaches it and one of three worker hosts has no route."""
+    host = whole.workers[1]
+    route = ["blackhole", f"{whole.storage.address}/32"]
+    assert host.run(["ip", "route", "add", *route], whole.environment(host)).returncode == 0
+    try:
+        began = time.monotonic()
+        job = whole.pretrain("unreachable", "cluster.workers=3")
+        assert job.wait(120) != 0
+        took = time.monotonic() - began
+    finally:
+        assert host.run(["ip", "route", "del", *route], whole.environment(host)).returncode == 0
+    (line,) = [line for line in job.text.splitlines() if line.startswith("error: ")]
+    assert "cannot reach run storage" in line
+    assert "which the driver can" in line
+    assert host.address in line
+    assert "exit code 2" in job.text
+    assert took < 90, "Ray's start of a job and the limit for reaching storage"
+    assert whole.keys("runs/unreachable/checkpoints/") == []
+    assert records(whole, "unreachable") == []
+
+
 def test_killed_hosts_cost_only_the_steps_since_the_last_checkpoint(whole):
     """Two of three hosts are killed in mid-epoch, one after the other; the first is back before the second dies."""
     job = start(whole, "killed")

@@ -1,5 +1,6 @@
 """Every command that the documentation shows can be typed as it stands."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -86,10 +87,15 @@ def check_job(page, words):
         return
     options = {word.split("=")[0] for word in arguments if word.startswith("--")}
     if options:
-        shown = subprocess.run(
-            [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout
+        shown = help_of(script)
         assert all(option in shown for option in options), f"{page}: {words}"
+
+
+@functools.cache
+def help_of(script):
+    return subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
 
 
 def test_links_between_pages_lead_somewhere():

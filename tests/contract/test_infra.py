@@ -88,6 +88,11 @@ def test_version_is_that_of_the_image():
     assert RAYCLUSTER["spec"]["rayVersion"] == pins["ray"]
 
 
+def test_the_autoscaler_has_the_memory_that_it_asks_for():
+    resources = RAYCLUSTER["spec"]["autoscalerOptions"]["resources"]
+    assert resources["requests"] == resources["limits"]
+
+
 def test_token_authentication_is_on():
     assert RAYCLUSTER["spec"]["authOptions"] == {"mode": "token", "secretName": "itpn-ray-token"}
 
