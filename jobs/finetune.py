@@ -15,9 +15,10 @@ from orchestrator.config.tree import FinetuneConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.run import run_training
+from orchestrator.train.optimizer import derived_lines
 
 RECIPE = str(Path(__file__).resolve().parent / "recipes" / "finetune_first_run.yaml")
 SHORT = {"--init": "init.checkpoint", "--size": "model.img_size"}
 
 if __name__ == "__main__":
-    sys.exit(run_job(FinetuneConfig, __doc__, RECIPE, run_training, resolve, short=SHORT))
+    sys.exit(run_job(FinetuneConfig, __doc__, RECIPE, run_training, resolve, short=SHORT, notes=derived_lines))

@@ -12,8 +12,9 @@ from orchestrator.config.tree import PretrainConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.run import run_training
+from orchestrator.train.optimizer import derived_lines
 
 FIRST_RUN = str(Path(__file__).resolve().parent / "recipes" / "first_run.yaml")
 
 if __name__ == "__main__":
-    sys.exit(run_job(PretrainConfig, __doc__, FIRST_RUN, run_training, resolve))
+    sys.exit(run_job(PretrainConfig, __doc__, FIRST_RUN, run_training, resolve, notes=derived_lines))

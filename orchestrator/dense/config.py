@@ -81,6 +81,9 @@ class DenseTrainConfig:
         for name in ("steps", "batch", "readers", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}", getattr(self, name), "must be 1 or more")
+        if self.optimizer.warmup_epochs:
+            hint = "Dense jobs count steps: set train.optimizer.warmup_steps."
+            raise ConfigError("train.optimizer.warmup_epochs", self.optimizer.warmup_epochs, "must be 0 here", hint)
 
 
 @dataclass(frozen=True)

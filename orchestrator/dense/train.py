@@ -17,7 +17,7 @@ from itpn_core.finetuning.depth import parameter_depths
 from itpn_core.models.backbone import Backbone
 from itpn_core.random import name_key, stream_keys_numpy, uniform_numpy
 from orchestrator.dense.config import DenseTrainConfig
-from orchestrator.train.optimizer import build_optimizer, lr_factor, parameter_groups, peak_lr, set_lr
+from orchestrator.train.optimizer import build_optimizer, make_schedule, parameter_groups, set_lr
 from orchestrator.train.precision import autocast_dtype
 
 Say = Callable[[str], None]
@@ -61,15 +61,15 @@ def train(task: DenseTask, config: DenseTrainConfig, say: Say, record: Record) -
     device = pick_device(config.device)
     dtype = autocast_dtype(config.precision, device)
     model = task.model.to(device).train()
-    lr = peak_lr(config.optimizer, config.batch)
-    optimizer = build_optimizer(_groups(task, config, lr), config.optimizer)
+    schedule = make_schedule(config.optimizer, config.batch, config.steps, 0)
+    optimizer = build_optimizer(_groups(task, config, schedule.peak), config.optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     metrics: dict[str, float] = {}
     since, begun = 0, time.perf_counter()
     for step, samples in enumerate(batches(task, config)):
         # dropout and the detectors' sampling of boxes draw from torch's generator
         torch.manual_seed(name_key(config.seed, step, "dense-step") & _SIGNED)
-        set_lr(optimizer, lr * lr_factor(step, config.steps, config.optimizer))
+        set_lr(optimizer, schedule.lr(step))
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             losses = task.losses(samples, device)
         total = torch.stack(list(losses.values())).sum()

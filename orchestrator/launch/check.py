@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
 from orchestrator.track.config import why_away
 from orchestrator.track.server import check_answers
+from orchestrator.train.config import OptimizerConfig
 
 _AS_YAML = str.maketrans("()", "[]")
 
@@ -158,12 +160,25 @@ def _check_settings(config: JobConfig) -> None:
         value = getattr(optimizer, key)
         if not 0 <= value < 1:
             raise SettingError(f"train.optimizer.{key}={value}: it must be in [0, 1)")
+    _check_warmup(optimizer)
     if not 0 < optimizer.layer_decay <= 1:
         raise SettingError(f"train.optimizer.layer_decay={optimizer.layer_decay}: it must be in (0, 1]")
     if isinstance(config, FinetuneConfig):
         _check_finetuning(config)
     else:
         _check_pretraining(config)
+
+
+def _check_warmup(optimizer: OptimizerConfig) -> None:
+    for key in ("warmup_epochs", "warmup_steps"):
+        value = getattr(optimizer, key)
+        if value < 0 or not math.isfinite(value):
+            raise SettingError(f"train.optimizer.{key}={value}: it must be 0 or more")
+    if optimizer.warmup_epochs and optimizer.warmup_steps:
+        raise SettingError(
+            f"train.optimizer.warmup_epochs={optimizer.warmup_epochs:g} and warmup_steps={optimizer.warmup_steps} both"
+            " say how long the warm-up is: leave one of them at 0"
+        )
 
 
 def _check_finetuning(config: FinetuneConfig) -> None:

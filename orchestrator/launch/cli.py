@@ -28,6 +28,7 @@ def run_job(
     arguments: Sequence[str] | None = None,
     short: Mapping[str, str] | None = None,
     base: Callable[[T], Mapping[str, Any]] | None = None,
+    notes: Callable[[T], str] | None = None,
 ) -> int:
     """Reads the command line, builds the configuration and runs `action(config, recipe name)`.
 
@@ -41,6 +42,7 @@ def run_job(
         resolve: makes places absolute.
         arguments: the command line; None takes that of the process.
         short: option -> setting that it is short for (`--knn` for `evaluate.knn`).
+        notes: comments that `--print-config` puts below the settings.
         base: what replaces defaults below recipe and command line, found by a first reading of the settings.
     """
     parser = argparse.ArgumentParser(
@@ -60,7 +62,8 @@ def run_job(
         if base is not None:
             config = resolve(load(schema, recipe, words, base(config)))
         if options.print_config:
-            return _print(Redactor(secret_values(os.environ)).text(to_yaml(config)))
+            told = to_yaml(config) + (notes(config) if notes else "")
+            return _print(Redactor(secret_values(os.environ)).text(told))
         return action(config, Path(options.recipe).stem)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,11 @@ class OptimizerConfig:
     )
     lr_batch: int = field(default=0, metadata={"help": "global batch that `lr` is meant for; 0 = use `lr` unscaled"})
     min_lr_ratio: float = field(default=0.01, metadata={"help": "learning rate at the end, as a fraction of the peak"})
-    warmup_fraction: float = field(default=0.05, metadata={"help": "fraction of all steps with linear warm-up"})
+    warmup_fraction: float = field(
+        default=0.05, metadata={"help": "fraction of all steps with linear warm-up, where the next two are 0"}
+    )
+    warmup_epochs: float = field(default=0.0, metadata={"help": "epochs of linear warm-up; 0 = see warmup_fraction"})
+    warmup_steps: int = field(default=0, metadata={"help": "steps of linear warm-up; 0 = see warmup_fraction"})
     betas: tuple[float, float] = field(default=(0.9, 0.98), metadata={"help": "AdamW's moment decay rates"})
     eps: float = field(default=1e-6, metadata={"help": "AdamW's epsilon"})
     weight_decay: float = field(default=0.05, metadata={"help": "decay of matrices; none on norms, biases, embeddings"})

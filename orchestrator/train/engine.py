@@ -27,7 +27,7 @@ from orchestrator.train.goodput import Goodput
 from orchestrator.train.hosts import find_hosts
 from orchestrator.train.kind import open_kind
 from orchestrator.train.monitor import Monitor
-from orchestrator.train.optimizer import peak_lr
+from orchestrator.train.optimizer import make_schedule
 from orchestrator.train.outcome import Outcome
 from orchestrator.train.parallel import open_mesh
 from orchestrator.train.profile import ProfileConfig, Profiler
@@ -62,7 +62,9 @@ class Engine:
         self.total = config.train.max_steps or config.train.epochs * self.steps_per_epoch
         self.kind = open_kind(config, run, manifest)
         self.state = build_state(config, self.kind, run.device, run.world, open_mesh(config.train, run))
-        self.peak_lr = peak_lr(config.train.optimizer, config.train.global_batch)
+        self.schedule = make_schedule(
+            config.train.optimizer, config.train.global_batch, self.total, self.steps_per_epoch
+        )
         self.step_fn: Step | None = None
         self.window: Window | None = None
         self.checkpoints = CheckpointStore(
@@ -74,7 +76,7 @@ class Engine:
         self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note, agree=agree)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
-            config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.peak_lr,
+            config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.schedule,
             self.order,
         )  # fmt: skip
         profiled = ProfileConfig() if run.rank else config.profile  # ranks of a host share the directory
@@ -116,13 +118,13 @@ class Engine:
         self.goodput.resume(self.state.ledger, self.state.step)
         self.state.parallel.begin()
         self.step_fn = Step(
-            self.state, self.config.train, self.config.data, self.total, self.peak_lr, self.run.device, self.run.world
+            self.state, self.config.train, self.config.data, self.schedule, self.run.device, self.run.world
         )
         with self.state.parallel.whole() as task:
             if self.run.rank == 0:
                 self.monitor.measure_utilisation(task)
         self.watchdog.collective("hosts of the ranks")
-        self.records.started(self.state, self.total, self.peak_lr, find_hosts(self.run))
+        self.records.started(self.state, self.schedule, find_hosts(self.run))
         saved = snapshot.state if snapshot else {}
         if self.beside and (self._apart or WISH in saved):
             self.beside.resume(saved, active=self._apart)

@@ -10,7 +10,7 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.order import SampleOrder
 from orchestrator.train.context import RunContext
 from orchestrator.train.kind import Kind
-from orchestrator.train.optimizer import lr_factor
+from orchestrator.train.optimizer import Schedule
 from orchestrator.train.peak import Utilisation
 from orchestrator.train.records import RunRecords
 from orchestrator.train.state import TrainState
@@ -29,13 +29,13 @@ class Monitor:
         records: where numbers go.
         total: steps of the whole run.
         steps_per_epoch: for the progress line.
-        peak_lr: top of the schedule.
+        schedule: learning rates.
         order: tells which samples a refused step had.
     """
 
     def __init__(
         self, config: JobConfig, run: RunContext, state: TrainState, kind: Kind[Task], records: RunRecords, total: int,
-        steps_per_epoch: int, peak_lr: float, order: SampleOrder,
+        steps_per_epoch: int, schedule: Schedule, order: SampleOrder,
     ) -> None:  # fmt: skip
         self._config = config
         self._run = run
@@ -44,7 +44,7 @@ class Monitor:
         self._records = records
         self._total = total
         self._steps_per_epoch = steps_per_epoch
-        self._peak_lr = peak_lr
+        self._schedule = schedule
         self._order = order
         self._utilisation: Utilisation | None = None
         self._clock = time.perf_counter()
@@ -97,7 +97,7 @@ class Monitor:
         speed = len(rows) * self._config.train.global_batch / seconds
         wait, self._waited = self._waited / seconds, 0.0
         steps = range(first, state.step)
-        lrs = [self._peak_lr * lr_factor(step, self._total, self._config.train.optimizer) for step in steps]
+        lrs = [self._schedule.lr(step) for step in steps]
         measured = {
             "train/images_per_second": speed,
             "data/wait_fraction": wait,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orchestrator.config.tree import JobConfig
 from orchestrator.train.config import OptimizerConfig
 
 NO_DECAY_NAMES = ("pos_embed", "mask_token", "bias_table", "gathering_tokens", "gamma", "cls_token")
@@ -60,19 +62,60 @@ def peak_lr(config: OptimizerConfig, global_batch: int) -> float:
     return config.lr * global_batch / config.lr_batch if config.lr_batch else config.lr
 
 
-def lr_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """Learning rate of a step as a fraction of the peak: linear warm-up, then cosine down to `min_lr_ratio`.
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate of every step: linear warm-up, then cosine down to `min_ratio` of the peak.
+
+    Attributes:
+        total: steps of the whole run.
+        warmup: steps before the peak.
+        peak: learning rate at the top.
+        min_ratio: learning rate at the end, as a fraction of the peak.
+    """
+
+    total: int
+    warmup: int
+    peak: float
+    min_ratio: float
+
+    def lr(self, step: int) -> float:
+        """Of a 0-based optimizer step."""
+        if step < self.warmup:
+            return self.peak * ((step + 1) / (self.warmup + 1))
+        progress = min(1.0, (step - self.warmup) / max(1, self.total - self.warmup))
+        return self.peak * (self.min_ratio + (1 - self.min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_schedule(config: OptimizerConfig, global_batch: int, total: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of a run.
 
     Args:
-        step: 0-based optimizer step.
+        config: peak, warm-up and final ratio.
+        global_batch: images per step, for the scaling rule.
         total: steps of the whole run.
-        config: warm-up fraction and final ratio.
+        steps_per_epoch: for a warm-up that is given in epochs.
     """
-    warmup = round(config.warmup_fraction * total)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.warmup_epochs:
+        warmup = round(config.warmup_epochs * steps_per_epoch)
+    else:
+        warmup = config.warmup_steps or round(config.warmup_fraction * total)
+    return Schedule(total, min(warmup, total), peak_lr(config, global_batch), config.min_lr_ratio)
+
+
+def derived_lines(config: JobConfig, schedule: Schedule | None = None) -> str:
+    """What a job's settings come to, as lines of comment below their YAML.
+
+    Args:
+        config: resolved configuration.
+        schedule: of a run, where its length is known.
+    """
+    optimizer, batch = config.train.optimizer, config.train.global_batch
+    rule = f"lr {optimizer.lr:g} x global batch {batch} / lr_batch {optimizer.lr_batch}"
+    why = rule if optimizer.lr_batch else "lr as it is: lr_batch=0 asks for no scaling"
+    lines = [f"peak learning rate {peak_lr(optimizer, batch):g} ({why})"]
+    if schedule is not None:
+        lines.append(f"{schedule.total} steps, {schedule.warmup} of them warm-up")
+    return "".join(f"# derived: {line}\n" for line in lines)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -27,6 +27,7 @@ from orchestrator.track.system import SystemSampler
 from orchestrator.train.context import RunContext
 from orchestrator.train.hosts import HostLoad, Hosts
 from orchestrator.train.kind import Kind, export_weights
+from orchestrator.train.optimizer import Schedule, derived_lines
 from orchestrator.train.state import TrainState
 
 
@@ -52,7 +53,7 @@ class RunRecords:
         self._evaluation: dict[str, float] = {}
         self._told = False
 
-    def started(self, state: TrainState, total: int, peak_lr: float, hosts: Hosts) -> None:
+    def started(self, state: TrainState, schedule: Schedule, hosts: Hosts) -> None:
         """Records what is known before the first step of this attempt."""
         every = self._config.track.system_every_s
         if self._run.rank:
@@ -72,8 +73,8 @@ class RunRecords:
         )
         recorder.state("running")
         config = asdict(self._config)
-        derived = {"total_steps": total, "peak_lr": peak_lr}
-        recorder.params({**config, "derived": derived})
+        known = {"total_steps": schedule.total, "warmup_steps": schedule.warmup, "peak_lr": schedule.peak}
+        recorder.params({**config, "derived": known})
         parameters = sum(p.numel() for p in state.task.student.parameters())
         recorder.tags({
             **self._run.facts,
@@ -88,8 +89,8 @@ class RunRecords:
             facts = {"samples": split.samples, "shards": len(split.shards), "classes": len(split.classes)}
             source = self._config.data.source
             recorder.dataset(f"{Path(source).name}/{name}", self._manifest.fingerprint, source, context, facts)
-        recorder.describe(self._description(parameters, total))
-        recorder.text("config.yaml", to_yaml(self._config))
+        recorder.describe(self._description(parameters, schedule.total))
+        recorder.text("config.yaml", to_yaml(self._config) + derived_lines(self._config, schedule))
         recorder.text("environment.txt", environment_text())
         if every > 0:
             self._sampler = SystemSampler(recorder.metrics, lambda: state.step, "node0", every)

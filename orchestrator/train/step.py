@@ -14,7 +14,7 @@ from orchestrator.data.config import DataConfig
 from orchestrator.data.device import augment
 from orchestrator.data.loader import Batch
 from orchestrator.train.config import TrainConfig
-from orchestrator.train.optimizer import lr_factor, set_lr
+from orchestrator.train.optimizer import Schedule, set_lr
 from orchestrator.train.precision import autocast_dtype
 from orchestrator.train.state import TrainState
 
@@ -59,8 +59,7 @@ class Step:
         state: what is trained; its `step` advances by one per call.
         config: batch, precision, optimizer and guard.
         data: augmentation that runs on the device.
-        total_steps: length of the run, for schedules.
-        peak_lr: learning rate at the top of the schedule.
+        schedule: learning rates, and the length of the run.
         device: where to compute.
         world: number of ranks.
     """
@@ -70,16 +69,14 @@ class Step:
         state: TrainState,
         config: TrainConfig,
         data: DataConfig,
-        total_steps: int,
-        peak_lr: float,
+        schedule: Schedule,
         device: torch.device,
         world: int,
     ) -> None:
         self.state = state
         self._config = config
         self._data = data
-        self._total = total_steps
-        self._peak_lr = peak_lr
+        self._schedule = schedule
         self._device = device
         self._world = world
         self._parts = micro_batches(config.global_batch, world, config.micro_batch)
@@ -97,8 +94,7 @@ class Step:
             This rank's summands of the global values: "loss", its parts, "grad_norm", "skipped" and, in fp16,
             "overflowed" and "loss_scale".
         """
-        lr = self._peak_lr * lr_factor(self.state.step, self._total, self._config.optimizer)
-        set_lr(self.state.optimizer, lr)
+        set_lr(self.state.optimizer, self._schedule.lr(self.state.step))
         sums: dict[str, Tensor] = {}
         first, last, _ = batch.own.indices(len(batch.ids))
         parts = [slice(first + p.start, first + p.stop) for p in even_parts(last - first, self._parts)]
@@ -154,7 +150,7 @@ class Step:
         parallel.drop_gradients()
         self.state.step += 1
         self.state.average.update(self.state.step)
-        self.state.task.ema_update(self.state.step / self._total)
+        self.state.task.ema_update(self.state.step / self._schedule.total)
         # An overflow is how the right scale is found: it costs a step and no budget.
         values = {"grad_norm": norm, "skipped": refused - overflowed}
         return values | ({"overflowed": overflowed, "loss_scale": scale.tensor[0]} if scale.enabled else {})

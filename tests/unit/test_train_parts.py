@@ -1,6 +1,8 @@
 """The small parts of the training engine: batches, schedule, groups, guard, window."""
 
+import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -8,17 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from orchestrator.config.errors import SettingError
+from orchestrator.config.load import load
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.launch.check import check
+from orchestrator.launch.cli import run_job
+from orchestrator.launch.home import resolve
 from orchestrator.train.config import OptimizerConfig
 from orchestrator.train.optimizer import (
     build_optimizer,
+    derived_lines,
     load_optimizer_tensors,
-    lr_factor,
+    make_schedule,
     optimizer_tensors,
     parameter_groups,
     peak_lr,
 )
 from orchestrator.train.step import even_parts, micro_batches
 from orchestrator.train.window import Window
+from tests.support import tiny_config
 
 
 @given(st.integers(0, 200), st.integers(1, 20))
@@ -41,13 +51,48 @@ def test_every_rank_makes_the_same_number_of_passes(batch, world, micro):
 
 
 def test_schedule_warms_up_and_ends_low():
-    config = OptimizerConfig(warmup_fraction=0.1, min_lr_ratio=0.01)
-    factors = [lr_factor(step, 100, config) for step in range(100)]
+    config = OptimizerConfig(lr=1.0, warmup_fraction=0.1, min_lr_ratio=0.01)
+    factors = [make_schedule(config, 1, 100, 10).lr(step) for step in range(100)]
     assert factors[0] == pytest.approx(1 / 11)
     assert max(factors) == factors[10] == 1.0
     assert factors[:10] == sorted(factors[:10])
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert factors[-1] < 0.011
+
+
+@given(total=st.integers(1, 500), per_epoch=st.integers(1, 50), steps=st.integers(1, 600), epochs=st.floats(0.1, 9))
+def test_warm_up_lasts_as_long_as_was_asked(total, per_epoch, steps, epochs):
+    in_steps = make_schedule(OptimizerConfig(lr=1.0, warmup_steps=steps), 1, total, per_epoch)
+    in_epochs = make_schedule(OptimizerConfig(lr=1.0, warmup_epochs=epochs), 1, total, per_epoch)
+    assert in_steps.warmup == min(steps, total)
+    assert in_epochs.warmup == min(round(epochs * per_epoch), total)
+    for schedule in (in_steps, in_epochs):
+        rates = [schedule.lr(step) for step in range(total)]
+        first = next((step for step, rate in enumerate(rates) if rate == 1.0), total)
+        assert first == schedule.warmup
+        assert all(0 < a < b for a, b in itertools.pairwise(rates[: first + 1]))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train.optimizer.warmup_steps=5", "train.optimizer.warmup_epochs=1"], "both say how long the warm-up is"),
+        (["train.optimizer.warmup_steps=-1"], "warmup_steps=-1: it must be 0 or more"),
+        (["train.optimizer.warmup_epochs=.inf"], "warmup_epochs=inf: it must be 0 or more"),
+    ],
+)
+def test_a_warm_up_that_cannot_be_is_refused(tmp_path, words, told):
+    with pytest.raises(SettingError, match=re.escape(told)):
+        check(tiny_config("/nowhere", tmp_path, *words))
+
+
+def test_the_printed_configuration_shows_the_peak_and_loads_again(tmp_path, capsys):
+    words = ["--print-config", "train.optimizer.lr_batch=64", "train.optimizer.lr=1e-3", "train.global_batch=256"]
+    assert run_job(PretrainConfig, "", "", print, resolve, words, notes=derived_lines) == 0
+    printed = capsys.readouterr().out
+    assert "# derived: peak learning rate 0.004 (lr 0.001 x global batch 256 / lr_batch 64)" in printed
+    (tmp_path / "again.yaml").write_text(printed)
+    assert load(PretrainConfig, tmp_path / "again.yaml", []).train.global_batch == 256
 
 
 def test_scaling_rule_is_asked_for():
