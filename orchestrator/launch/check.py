@@ -161,6 +161,9 @@ def _check_settings(config: JobConfig) -> None:
         if not 0 <= value < 1:
             raise SettingError(f"train.optimizer.{key}={value}: it must be in [0, 1)")
     _check_warmup(optimizer)
+    sigma = config.train.guard.loss_sigma
+    if not 0 <= sigma < math.inf:
+        raise SettingError(f"train.guard.loss_sigma={sigma}: it must be 0 (never) or a number of deviations, such as 6")
     if not 0 < optimizer.layer_decay <= 1:
         raise SettingError(f"train.optimizer.layer_decay={optimizer.layer_decay}: it must be in (0, 1]")
     if isinstance(config, FinetuneConfig):

@@ -21,7 +21,7 @@ GAUGES = {
     "data/wait_fraction": ("itpn_data_wait_fraction", "share of time in which rank 0 had no batch, 0 to 1"),
     "data/bad_samples": ("itpn_bad_samples", "damaged samples left out so far, as of the newest checkpoint"),
     "tracking/lost_records": ("itpn_lost_records", "records that the journal's disk did not take; the run ends"),
-    "train/refused_steps": ("itpn_refused_steps", "steps so far whose gradient was not finite or spiked"),
+    "train/refused_steps": ("itpn_refused_steps", "steps so far whose gradient or loss was not finite or spiked"),
     "checkpoint/write_seconds": ("itpn_checkpoint_write_seconds", "time to write the newest committed checkpoint"),
     "checkpoint/blocked_seconds": ("itpn_checkpoint_blocked_seconds", "time the newest save held up the step"),
     "checkpoint/failing": ("itpn_checkpoint_failing", "1 while the newest save has failed, else 0"),

@@ -15,6 +15,7 @@ from orchestrator.train.kind import Kind
 from orchestrator.train.optimizer import build_optimizer, parameter_groups, peak_lr
 from orchestrator.train.parallel import Parallel, Replicated, Sharded
 from orchestrator.train.precision import LossScale
+from orchestrator.train.spikes import LossHistory
 from orchestrator.train.state import TrainState, WeightAverage
 
 
@@ -59,4 +60,5 @@ def build_state(
     average = WeightAverage(parallel.trainable, config.train.optimizer.average_decay)
     mean = torch.zeros((), device=device, dtype=torch.float64 if config.train.precision == "fp64" else torch.float32)
     scale = LossScale(config.train.precision == "fp16", config.train.loss_scale, device)
-    return TrainState(task, parallel, optimizer, average, grad_norm_mean=mean, loss_scale=scale)
+    history = LossHistory(config.train.guard.loss_sigma, device)
+    return TrainState(task, parallel, optimizer, average, grad_norm_mean=mean, loss_history=history, loss_scale=scale)

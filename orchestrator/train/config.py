@@ -37,8 +37,13 @@ class GuardConfig:
     spike_factor: float = field(
         default=0.0, metadata={"help": "skip a step whose gradient norm exceeds this many running means; 0 = never"}
     )
+    loss_sigma: float = field(
+        default=0.0,
+        metadata={"help": "skip a step whose loss is this many standard deviations above its running mean; 0 = never"},
+    )
     skip_budget: int = field(
-        default=0, metadata={"help": "steps with a non-finite or spiking gradient that may be skipped before a stop"}
+        default=0,
+        metadata={"help": "steps with a non-finite or spiking gradient or loss that may be skipped before a stop"},
     )
     hang_s: float = field(
         default=300.0,

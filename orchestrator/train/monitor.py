@@ -125,9 +125,10 @@ class Monitor:
         budget, skipped = self._config.train.guard.skip_budget, self._state.skipped
         if len(skipped) > budget:
             raise UserError(
-                f"the gradient was not finite or spiked at step {skipped[-1]} (in all at steps {skipped}); the weights "
-                f"were not changed by it. train.guard.skip_budget={budget} allows no more: lower train.optimizer.lr, "
-                f"look at its samples (guard/step-{skipped[-1]:08d}.json among the run's files), or raise the budget"
+                f"the gradient or the loss was not finite or spiked at step {skipped[-1]} (in all at steps {skipped}); "
+                f"the weights were not changed by it. train.guard.skip_budget={budget} allows no more: lower "
+                f"train.optimizer.lr, look at its samples (guard/step-{skipped[-1]:08d}.json among the run's files), "
+                "or raise the budget"
             )
 
     def collapsed(self) -> bool:

@@ -19,6 +19,7 @@ from orchestrator.train.ledger import Ledger
 from orchestrator.train.optimizer import load_optimizer_tensors, optimizer_tensors
 from orchestrator.train.parallel import Parallel
 from orchestrator.train.precision import LossScale
+from orchestrator.train.spikes import LossHistory
 
 SCALARS = ("step", "skipped", "first_loss", "last_loss", "answers", "quarantined", "seconds", "best_step", "best_value")
 
@@ -101,6 +102,8 @@ class TrainState:
     """Sample ids that could not be read and were left out within the budget."""
     grad_norm_mean: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Running mean of the gradient norm that the spike guard compares with; on the device."""
+    loss_history: LossHistory = field(default_factory=lambda: LossHistory(0.0, torch.device("cpu")))
+    """What the loss spike guard compares with."""
     loss_scale: LossScale = field(default_factory=lambda: LossScale(False, 1.0, torch.device("cpu")))
     """Factor on the loss in fp16."""
     best_step: int = -1
@@ -138,6 +141,7 @@ class TrainState:
         tensors |= {f"average/{k}": v for k, v in self.average.tensors.items()}
         tensors["guard/grad_norm_mean"] = self.grad_norm_mean
         tensors["guard/loss_scale"] = self.loss_scale.tensor
+        tensors["guard/loss_history"] = self.loss_history.tensor
         pieces = self._written(tensors)
         return Snapshot(self.step, self._host.take(tensors), {**self._scalars(), **extra}, pieces=pieces)
 
@@ -194,6 +198,8 @@ class TrainState:
                     self.average.tensors[name].copy_(tensor)
                 self.grad_norm_mean.copy_(parts["guard"]["grad_norm_mean"])
                 self.loss_scale.tensor.copy_(parts["guard"]["loss_scale"])
+                if "loss_history" in parts["guard"]:  # checkpoints of earlier versions have none
+                    self.loss_history.tensor.copy_(parts["guard"]["loss_history"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"the checkpoint of step {snapshot.step} does not fit this model: {error}") from None
         for name in SCALARS:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from itpn_core.random import stream_keys
@@ -104,7 +105,7 @@ class Step:
                 for name, value in self._forward_backward(batch, part, global_count).items():
                     sums[name] = sums[name] + value if name in sums else value
         # Equal on all ranks; divided here because the window sums over ranks.
-        return sums | {name: value / self._world for name, value in self._update().items()}
+        return sums | {name: value / self._world for name, value in self._update(sums["loss"]).items()}
 
     def _forward_backward(self, batch: Batch, part: slice, global_count: int) -> dict[str, Tensor]:
         examples = self._examples(batch, part)
@@ -132,7 +133,7 @@ class Step:
         keys_B = stream_keys(self._config.seed, batch.epoch, ids_B, "objective")
         return Examples(images_B3HW, labels_B, valid_B, keys_B, own)
 
-    def _update(self) -> dict[str, Tensor]:
+    def _update(self, loss: Tensor) -> dict[str, Tensor]:
         scale, parallel = self.state.loss_scale, self.state.parallel
         parallel.take_gradients()
         scale.unscale(self._parameters)
@@ -141,7 +142,7 @@ class Step:
         norm = parallel.total_norm(torch.nn.utils.get_total_norm(gradients, foreach=True))
         torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm, foreach=True)
         overflowed = scale.update(norm)
-        refused = self._refuse(norm)
+        refused = self._refuse(norm, loss)
         optimizer = self.state.optimizer
         # Fused AdamW leaves weights and moments untouched when `found_inf` is 1: the decision stays on the device.
         optimizer.found_inf = refused  # type: ignore[attr-defined]
@@ -156,12 +157,23 @@ class Step:
         return values | ({"overflowed": overflowed, "loss_scale": scale.tensor[0]} if scale.enabled else {})
 
     @torch.no_grad()
-    def _refuse(self, norm: Tensor) -> Tensor:
-        """1 where the update must not happen: a gradient that is not finite or far above its running mean."""
-        mean = self.state.grad_norm_mean
+    def _refuse(self, norm: Tensor, loss: Tensor) -> Tensor:
+        """1 where the update must not happen: gradient or loss is not finite or far above what it was.
+
+        Args:
+            norm: of the whole gradient, equal on all ranks.
+            loss: this rank's summand of the global loss.
+        """
+        mean, history = self.state.grad_norm_mean, self.state.loss_history
         bad = ~torch.isfinite(norm)
         if self._config.guard.spike_factor:
             bad |= (mean > 0) & (norm > self._config.guard.spike_factor * mean)
+        if history.sigmas:
+            loss = loss.to(history.tensor.dtype, copy=True)
+            if self._world > 1:
+                dist.all_reduce(loss)
+            bad |= history.stands_out(loss)
+            history.take(loss, bad)
         kept = torch.where(mean > 0, 0.99 * mean + 0.01 * norm.to(mean.dtype), norm.to(mean.dtype))
         mean.copy_(torch.where(bad, mean, kept))
         return bad.to(torch.float32)

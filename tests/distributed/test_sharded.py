@@ -98,7 +98,7 @@ def before_the_step(step):
 
 
 def between_gradient_and_update(step):
-    return 0, Step, "_update", lambda step_fn: step_fn.state.step == step
+    return 0, Step, "_update", lambda step_fn, _: step_fn.state.step == step
 
 
 def saved_step(key):

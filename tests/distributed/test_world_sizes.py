@@ -195,3 +195,14 @@ def test_mixing_erasing_and_drop_path_agree_on_two_ranks(data, classifier_alone,
     found = run_world(2, port, data, tmp_path / "w", *CUT, *words, last=6, make=tiny_classifier)
     assert found.losses == pytest.approx(classifier_alone.losses, rel=1e-8)
     assert_same_gradients(found.gradients, classifier_alone.gradients)
+
+
+def test_two_ranks_refuse_the_same_losses_as_one(data, tmp_path):
+    """A limit within the losses' own noise, so that some steps after the warm-up are refused."""
+    words = ("train.guard.loss_sigma=0.1", "train.epochs=8")
+    guarded = run_steps(tiny_config(data, tmp_path / "one", *WORDS, *words), 0, 1, last=28)
+    free = run_steps(tiny_config(data, tmp_path / "free", *WORDS, "train.epochs=8"), 0, 1, last=28)
+    assert guarded.losses[:21] == free.losses[:21]
+    assert guarded.losses != free.losses, "something was refused"
+    found = run_world(2, 29641, data, tmp_path / "two", *words, last=28)
+    assert found.losses == pytest.approx(guarded.losses, rel=1e-8)

@@ -23,14 +23,14 @@ def poisoned(monkeypatch):
     seen = {}
     real = Step._update
 
-    def update(self):
+    def update(self, loss):
         if self.state.step == BAD_STEP:
             self._parameters[0].grad.fill_(float("nan"))
             seen["before"] = [p.detach().clone() for p in self._parameters]
-            result = real(self)
+            result = real(self, loss)
             seen["after"] = [p.detach().clone() for p in self._parameters]
             return result
-        return real(self)
+        return real(self, loss)
 
     monkeypatch.setattr(Step, "_update", update)
     return seen

@@ -30,7 +30,10 @@ def held(step):
     """What a refused step must leave as it is: weights, moments, and the mean that spikes are measured by."""
     optimizer = step.state.optimizer
     moments = [optimizer.state[p][name] for p in step._parameters for name in ("exp_avg", "exp_avg_sq", "step")]
-    return [t.detach().clone() for t in (*step._parameters, *moments, step.state.grad_norm_mean)]
+    return [
+        t.detach().clone()
+        for t in (*step._parameters, *moments, step.state.grad_norm_mean, step.state.loss_history.tensor)
+    ]
 
 
 @pytest.fixture
@@ -39,14 +42,14 @@ def seen(monkeypatch):
     seen = SimpleNamespace(before={}, after={}, ids={}, norms={})
     real_update, real_step = Step._update, Engine.step
 
-    def update(self):
+    def update(self, loss):
         number = self.state.step
         if number not in SPIKES:
-            return real_update(self)
+            return real_update(self, loss)
         for parameter in self._parameters:
             parameter.grad.mul_(SPIKE)
         seen.before[number] = held(self)
-        values = real_update(self)
+        values = real_update(self, loss)
         seen.after[number], seen.norms[number] = held(self), float(values["grad_norm"])
         return values
 
@@ -138,3 +141,62 @@ def test_saves_come_by_the_clock(data, tmp_path, monkeypatch, minutes, expected)
     run = LocalRun(config)
     assert train(config, run).step == 16
     assert CheckpointStore(run.folder, keep=9).steps() == expected
+
+
+LOSS_GUARD = ("train.guard.loss_sigma=8", "train.epochs=8", "train.guard.skip_budget=1")
+LOSS_SPIKE = 25
+"""After the guard's warm-up of 20 steps; of 32."""
+
+
+@pytest.fixture
+def spiked_loss(monkeypatch):
+    """One step whose loss is far too high while its gradient is as ever; keeps the state around it."""
+    seen, real = SimpleNamespace(before={}, after={}), Step._update
+
+    def update(self, loss):
+        number = self.state.step
+        if number != LOSS_SPIKE:
+            return real(self, loss)
+        seen.before[number] = held(self)
+        values = real(self, loss + 100)
+        seen.after[number] = held(self)
+        return values
+
+    monkeypatch.setattr(Step, "_update", update)
+    return seen
+
+
+def test_a_loss_that_spikes_is_left_out_and_counts_against_the_budget(data, tmp_path, spiked_loss):
+    config = tiny_config(data, tmp_path, *LOSS_GUARD)
+    run = LocalRun(config)
+    assert train(config, run).step == 32
+    assert unchanged(spiked_loss, LOSS_SPIKE)
+    assert list(kept(run)) == ["step-00000025.json"]
+
+
+def test_a_loss_that_spikes_without_a_budget_ends_the_run(data, tmp_path, spiked_loss):
+    config = tiny_config(data, tmp_path, *LOSS_GUARD, "train.guard.skip_budget=0")
+    with pytest.raises(UserError, match="the gradient or the loss was not finite or spiked at step 25"):
+        train(config, LocalRun(config))
+    assert unchanged(spiked_loss, LOSS_SPIKE)
+
+
+def test_without_the_loss_guard_nothing_is_left_out(data, tmp_path, spiked_loss):
+    config = tiny_config(data, tmp_path, "train.epochs=8")
+    assert train(config, LocalRun(config)).step == 32
+    assert not unchanged(spiked_loss, LOSS_SPIKE)
+
+
+def test_what_the_loss_guard_knows_survives_a_stop(data, tmp_path, spiked_loss):
+    words = (*LOSS_GUARD, "train.log_every=1")
+    whole = LocalRun(tiny_config(data, tmp_path / "whole", *words))
+    config = tiny_config(data, tmp_path / "whole", *words)
+    train(config, whole)
+    config = tiny_config(data, tmp_path / "cut", *words)
+    first = LocalRun(config)
+    first.stop_after = 22
+    assert train(config, first).stopped == "test"
+    second = LocalRun(config, attempt=2)
+    assert train(config, second).step == 32
+    assert losses(second) == losses(whole)
+    assert list(kept(second)) == ["step-00000025.json"]

@@ -24,7 +24,7 @@ def before_the_step(step):
 
 
 def between_gradient_and_update(step):
-    return Step, "_update", lambda step_fn: step_fn.state.step == step
+    return Step, "_update", lambda step_fn, _: step_fn.state.step == step
 
 
 def before_the_marker(step):
