@@ -28,7 +28,8 @@ class LossHistory:
     def stands_out(self, loss: Tensor) -> Tensor:
         """Bool, scalar: whether the loss of the whole batch is not finite or far above the mean."""
         mean, variance, steps = self.tensor
-        return ~torch.isfinite(loss) | ((steps >= WARM_UP) & (loss > mean + self.sigmas * variance.sqrt()))
+        above: Tensor = (steps >= WARM_UP) & (loss > mean + self.sigmas * variance.sqrt())
+        return above | ~torch.isfinite(loss)
 
     @torch.no_grad()
     def take(self, loss: Tensor, refused: Tensor) -> None:
