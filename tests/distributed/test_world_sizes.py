@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 
 from orchestrator.train.engine import Engine
 from orchestrator.train.parallel import whole_gradients
+from orchestrator.train.step import Step
 from tests.support import LocalRun, tiny_classifier, tiny_config, write_shards
 
 WORDS = ("train.precision=fp64", "train.epochs=4", "checkpoint.every_epochs=0", "train.log_every=1")
@@ -197,12 +198,24 @@ def test_mixing_erasing_and_drop_path_agree_on_two_ranks(data, classifier_alone,
     assert_same_gradients(found.gradients, classifier_alone.gradients)
 
 
-def test_two_ranks_refuse_the_same_losses_as_one(data, tmp_path):
-    """A limit within the losses' own noise, so that some steps after the warm-up are refused."""
-    words = ("train.guard.loss_sigma=0.1", "train.epochs=8")
-    guarded = run_steps(tiny_config(data, tmp_path / "one", *WORDS, *words), 0, 1, last=28)
-    free = run_steps(tiny_config(data, tmp_path / "free", *WORDS, "train.epochs=8"), 0, 1, last=28)
-    assert guarded.losses[:21] == free.losses[:21]
-    assert guarded.losses != free.losses, "something was refused"
-    found = run_world(2, 29641, data, tmp_path / "two", *words, last=28)
+def with_a_spike(*words):
+    """A configuration, in a process in which the loss of step 22 is far too high on every rank."""
+    real = Step._update
+
+    def update(self, loss):
+        return real(self, loss + 5.0 if self.state.step == 22 else loss)
+
+    Step._update = update
+    return tiny_config(*words)
+
+
+def test_two_ranks_refuse_the_same_losses_as_one(data, tmp_path, monkeypatch):
+    words = (*WORDS, "train.epochs=8")
+    free = run_steps(tiny_config(data, tmp_path / "free", *words), 0, 1, last=26)
+    monkeypatch.setattr(Step, "_update", Step._update)  # puts it back afterwards
+    guarded = run_steps(with_a_spike(data, tmp_path / "one", *words, "train.guard.loss_sigma=20"), 0, 1, last=26)
+    assert guarded.losses[:23] == free.losses[:23]
+    assert guarded.losses[23] != free.losses[23], "the update of step 22 was left out"
+    more = ("train.epochs=8", "train.guard.loss_sigma=20")
+    found = run_world(2, 29641, data, tmp_path / "two", *more, last=26, make=with_a_spike)
     assert found.losses == pytest.approx(guarded.losses, rel=1e-8)
