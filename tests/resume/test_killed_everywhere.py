@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -28,7 +29,13 @@ def between_gradient_and_update(step):
 
 
 def before_the_marker(step):
-    return Folder, "put", lambda _, key, *__: key == f"checkpoints/step-{step + 1:08d}/{MARKER}"
+    """Of the checkpoint after this step, or of a later one: a save that is due while another goes on is left out."""
+
+    def reached(_, key, *__):
+        found = re.fullmatch(rf"checkpoints/step-(\d+)/{re.escape(MARKER)}", key)
+        return found is not None and int(found[1]) > step
+
+    return Folder, "put", reached
 
 
 PLACES = (before_the_step, between_gradient_and_update, before_the_marker)
