@@ -16,7 +16,7 @@ from orchestrator.track.redact import Redactor, secret_values
 
 T = TypeVar("T")
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_STORAGE = 0, 1, 2, 3, 4
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_HELD, EXIT_STORAGE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
 def run_job(
@@ -70,7 +70,7 @@ def run_job(
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _add_short(parser: argparse.ArgumentParser, schema: type[Any], short: Mapping[str, str]) -> None:

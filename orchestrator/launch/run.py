@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayError
@@ -24,7 +25,7 @@ from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.background import background
 from orchestrator.launch.board import Admission, News, open_board, watch
 from orchestrator.launch.check import Checked, check
-from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_OK, EXIT_STORAGE
+from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EXIT_OK, EXIT_STORAGE
 from orchestrator.launch.cluster import Resources, connected, request, start_timeout_s
 from orchestrator.launch.desk import Desk
 from orchestrator.launch.evaluations import Job, RayRunner, looking, resolve_where
@@ -56,6 +57,20 @@ def run_training(config: JobConfig, recipe: str) -> int:
     except StopRequest as stop:
         print(f"stopped ({stop}) before the run was touched. Type the same command again to go on.")
         return EXIT_OK
+    except KeyboardInterrupt:
+        _end_at_once()
+
+
+def _end_at_once() -> NoReturn:
+    """Ends the process after a second signal; Ray is disconnected by now.
+
+    Not as interpreters end: the thread that waits for the workers still is inside Ray, and torn down under it the
+    process would sometimes end with SIGSEGV, which no exit code documents.
+    """
+    print("interrupted", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _run(config: JobConfig, recipe: str, stops: Stops) -> int:
