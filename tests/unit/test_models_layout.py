@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from itpn_core.models.layers import CellConv, CellConvTranspose
+from itpn_core.models.layers import CellConv, CellConvTranspose, Mlp
 from itpn_core.models.layout import cell_order, merge_cells, patchify, row_major, split_cells, to_map
 from itpn_core.models.positions import bias_from_table, relative_position_index, resample_positions, sincos_positions
 
@@ -104,3 +105,17 @@ def test_sincos_positions_are_distinct_and_bounded():
     assert pos.shape == (35, 64)
     assert pos.abs().max() <= 1.0
     assert torch.cdist(pos, pos).fill_diagonal_(1.0).min() > 0.1
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_hidden_channels_of_zeros_change_nothing(conv):
+    """What GPUs get where the hidden width is no multiple of 8, as in the published pyramid (682)."""
+    torch.manual_seed(0)
+    mlp = Mlp(32, 22, conv=conv).double()
+    x = torch.randn(2, 5, 4, 32, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *mlp.parameters()]
+    aligned, plain = mlp._aligned(x), mlp(x)
+    torch.testing.assert_close(aligned, plain, rtol=1e-12, atol=1e-12)
+    found, expected = (torch.autograd.grad(out.square().sum(), wanted) for out in (aligned, plain))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
