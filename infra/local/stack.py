@@ -33,6 +33,8 @@ BUCKET = "itpn"
 PORTS = {"s3": 8333, "postgres": 15432, "mlflow": 5000, "ray": 6379, "dashboard": 8265}
 SECRETS = ("s3-key", "s3-secret", "postgres-password", "mlflow-password", "mlflow-cookie-key", "ray-token")
 ORDER = ("s3", "postgres", "mlflow", "ray")
+NEEDED = {**{name: (name,) for name in ORDER}, "ray": ("ray", "dashboard")}
+"""Ports of each service."""
 
 
 class StackError(Exception):
@@ -125,6 +127,8 @@ def stop(stack: Stack, name: str) -> bool:
         if not within(20, lambda: not session(leader)):
             members = session(leader)
             raise StackError(f"{name}: processes {members} do not end although they were killed; see ps -s {leader}")
+        # The first thread of a process is a zombie while others, still ending, hold its port: look at the port too.
+        within(20, lambda: all(free(stack.ports[port]) for port in NEEDED[name]))
     stack.record(name).unlink(missing_ok=True)
     return bool(pid or left)
 
@@ -365,8 +369,7 @@ def up(stack: Stack) -> None:
             continue
         if stop(stack, name):
             say(f"{name}: its first process had died; what it left was stopped")
-        needed = [name] if name != "ray" else ["ray", "dashboard"]
-        for port in needed:
+        for port in NEEDED[name]:
             if not free(stack.ports[port]):
                 raise StackError(
                     f"port {stack.ports[port]} of 127.0.0.1 is taken by a process that is not of this stack: "

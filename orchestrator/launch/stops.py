@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from types import FrameType, TracebackType
+
+_AGAIN_S = 0.02
 
 
 class StopRequest(BaseException):
@@ -57,7 +61,10 @@ class Stops:
         finally:
             self._interrupt = False
 
-    def _handle(self, number: int, _frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupt and not self.reason and _logs(frame):
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+            return
         if self.reason:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
@@ -67,3 +74,16 @@ class Stops:
         text = "saving a checkpoint and stopping; once more to stop at once"
         print(f"\n{self.reason}: {text}", file=sys.stderr, flush=True)
         self.tell(self.reason)
+
+
+def _logs(frame: FrameType | None) -> bool:
+    """Whether the interrupted code is inside `logging`.
+
+    It takes a lock of the whole process there without `finally`: raised into it, a stop would leave the lock taken, and
+    every thread that logs afterwards would wait for ever.
+    """
+    while frame is not None:
+        if str(frame.f_globals.get("__name__", "")).split(".")[0] == "logging":
+            return True
+        frame = frame.f_back
+    return False

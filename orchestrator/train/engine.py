@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -49,8 +49,7 @@ class Engine:
     def __init__(self, config: JobConfig, run: RunContext) -> None:
         self.config = config
         self.run = run
-        self.goodput = Goodput(run)
-        self.goodput.watch.enter("restart")  # until `restore` is done
+        self.goodput = Goodput(run)  # counts as restart until `restore` is done
         remote = "://" in config.data.source
         patience_s = config.data.store.give_up_s + _READ_S if remote else 0.0
         self.watchdog = Watchdog(config.train.guard, run, self.goodput.watch, patience_s=patience_s)
@@ -146,15 +145,17 @@ class Engine:
     @contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
         """This rank's parts of the global batches from the current position to the end of the epoch or run."""
-        first = self.state.step % self.steps_per_epoch
-        stop = min(self.steps_per_epoch, first + self.total - self.state.step)
-        self.monitor.begin()
-        self._merge_quarantined()  # what the last epoch's loader found
         with self.goodput.span("data"):
+            first = self.state.step % self.steps_per_epoch
+            stop = min(self.steps_per_epoch, first + self.total - self.state.step)
+            self.monitor.begin()
+            self._merge_quarantined()  # what the last epoch's loader found
             loader = self._open_loader(first, stop)
+        timed = self._timed(loader)
         try:
-            yield self._timed(loader)
+            yield timed
         finally:
+            timed.close()
             with self.goodput.span("data"):
                 loader.close()
 
@@ -175,8 +176,11 @@ class Engine:
         )
         return self._loader
 
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Hands the batches on, and counts the time in which the step had none."""
+    def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+        """Hands the batches on; counts the time without one as data wait, and that until the next is asked as compute.
+
+        What the loop does in between and is something else (saving, evaluation) has spans of its own in there.
+        """
         while True:
             asked = time.perf_counter()
             with self.goodput.span("data"):
@@ -184,7 +188,8 @@ class Engine:
             self.monitor.waited(time.perf_counter() - asked)
             if batch is None:
                 return
-            yield batch
+            with self.goodput.span("compute"):
+                yield batch
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -195,11 +200,10 @@ class Engine:
         self.watchdog.take_up(batch.ids.tolist())
         self.watchdog.collective(f"gradients of step {self.state.step}")
         self.profiler.before(self.state.step)
-        with self.goodput.span("compute"):
-            values = self.step_fn(batch, count)
-            if self.window is None:
-                self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
-            self.window.add(values)
+        values = self.step_fn(batch, count)
+        if self.window is None:
+            self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
+        self.window.add(values)
         self.profiler.after(self.state.step - 1)
         self.watchdog.stepped(self.state.step)
 
@@ -227,12 +231,11 @@ class Engine:
         reason = self.run.stop_reason() if leads else ""
         ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
-        with self.goodput.span("compute"):
-            unwritten = bool(self.records.trouble())
-            flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None, unwritten]
-            reading = self.window.read(flags, self.goodput.sums())
-            self.goodput.take(reading.sums, self.state.step)
-            self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics() | self.records.losses())
+        unwritten = bool(self.records.trouble())
+        flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None, unwritten]
+        reading = self.window.read(flags, self.goodput.sums())
+        self.goodput.take(reading.sums, self.state.step)
+        self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics() | self.records.losses())
         stop, save, collapsed, gone, unwritten = reading.flags
         if gone:
             raise ended or StorageGoneError("rank 0 may not or cannot commit checkpoints; its own message says why")

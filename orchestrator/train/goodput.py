@@ -24,11 +24,12 @@ class Goodput:
     """Measures this rank's spans; on rank 0 it also leaves the run's ledger on storage once per window.
 
     Args:
-        run: surroundings of this rank; begins to count here.
+        run: surroundings of this rank; begins to count here, as restart until the caller leaves that span.
     """
 
     def __init__(self, run: RunContext) -> None:
         self.watch = Stopwatch()
+        self.watch.enter("restart")
         self.ledger = Ledger()
         self._run = run
         self._begun_at = time.time()

@@ -1,7 +1,10 @@
 """What an autoscaler can bring, as manifests write it, and requests to stop."""
 
+import logging
 import os
 import signal
+import threading
+import time
 
 import pytest
 
@@ -58,3 +61,30 @@ def test_a_signal_interrupts_only_what_has_nothing_to_save(capfd):
             raise AssertionError("a signal came before")
     assert signal.getsignal(signal.SIGTERM) == before
     assert "SIGINT: saving a checkpoint and stopping" in capfd.readouterr().err
+
+
+class _Cache(dict[int, bool]):
+    """A logger's cache whose clearing is the moment at which the signal comes: `logging` holds its lock then."""
+
+    def clear(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().clear()
+
+
+def test_a_stop_leaves_no_lock_of_logging_taken():
+    logger = logging.getLogger("test.stops.locked")
+    logger._cache = _Cache()  # what `setLevel` clears while it holds the lock, without `finally`
+
+    def interrupted(stops):
+        with stops.interrupting():
+            logger.setLevel(logging.INFO)
+            logger._cache = {}
+            while True:  # the signal comes again, out here
+                time.sleep(0.01)
+
+    with Stops() as stops, pytest.raises(StopRequest, match="SIGTERM"):
+        interrupted(stops)
+    other = threading.Thread(target=lambda: logging.getLogger("test.stops.other"), daemon=True)
+    other.start()
+    other.join(10)
+    assert not other.is_alive(), "another thread waits for the lock of logging"
