@@ -120,14 +120,10 @@ def stop(stack: Stack, name: str) -> bool:
         os.kill(pid, signal.SIGINT if name == "postgres" else signal.SIGTERM)
         within(20, lambda: not running(stack, name))
     if leader := pid or left:
-        for member in session(leader):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(member, signal.SIGKILL)
-        # A killed process holds its port until the kernel has taken it down.
-        if not within(20, lambda: not session(leader)):
+        if not within(20, lambda: killed(leader)):
             members = session(leader)
             raise StackError(f"{name}: processes {members} do not end although they were killed; see ps -s {leader}")
-        # The first thread of a process is a zombie while others, still ending, hold its port: look at the port too.
+        # A process whose first thread has ended looks dead while its others, still ending, hold the port.
         within(20, lambda: all(free(stack.ports[port]) for port in NEEDED[name]))
     stack.record(name).unlink(missing_ok=True)
     return bool(pid or left)
@@ -156,6 +152,15 @@ def session(leader: int) -> list[int]:
         if fields[0] != "Z" and int(fields[3]) == leader:
             found.append(int(entry.name))
     return found
+
+
+def killed(leader: int) -> bool:
+    """Kills who lives in a session, those who came since the last look too; says whether there was nobody any more."""
+    members = session(leader)
+    for member in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    return not members
 
 
 def within(seconds: float, condition: Callable[[], bool]) -> bool:

@@ -7,6 +7,7 @@ are named like the published checkpoints (`blocks.8.attn.q_proj.weight`), so wei
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class SwiGlu(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, ABC):
     """Multi-head attention; subclasses say how q, k and v are projected."""
 
     relative_position_bias_table: nn.Parameter | None
@@ -129,17 +130,17 @@ class Attention(nn.Module):
         """[B, N, E] to [B, heads, N, head width]; strides change, nothing is copied."""
         return x_BNE.view(*x_BNE.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
+    @abstractmethod
     def query(self, x_BNE: Tensor) -> Tensor:
         """Queries [B, heads, N, head width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def key(self, x_BNE: Tensor) -> Tensor:
         """Keys [B, heads, N, head width]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, x_BNE: Tensor) -> Tensor:
         """Values [B, heads, N, head width]."""
-        raise NotImplementedError
 
     def qkv_heads(self, x_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the same tokens."""

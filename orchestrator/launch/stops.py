@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 _AGAIN_S = 0.02
+"""After so long a signal is sent again that came where it must not be raised."""
 
 
 class StopRequest(BaseException):

@@ -179,7 +179,8 @@ class Engine:
     def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """Hands the batches on; counts the time without one as data wait, and that until the next is asked as compute.
 
-        What the loop does in between and is something else (saving, evaluation) has spans of its own in there.
+        What the loop does in between and is something else (saving, evaluation) has spans of its own in there. So have a
+        step and the reading of a window, of the same class: the watchdog takes every span for a sign of life.
         """
         while True:
             asked = time.perf_counter()
@@ -200,10 +201,11 @@ class Engine:
         self.watchdog.take_up(batch.ids.tolist())
         self.watchdog.collective(f"gradients of step {self.state.step}")
         self.profiler.before(self.state.step)
-        values = self.step_fn(batch, count)
-        if self.window is None:
-            self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
-        self.window.add(values)
+        with self.goodput.span("compute"):
+            values = self.step_fn(batch, count)
+            if self.window is None:
+                self.window = Window(tuple(values), self.config.train.log_every, self.run.device, self.run.world)
+            self.window.add(values)
         self.profiler.after(self.state.step - 1)
         self.watchdog.stepped(self.state.step)
 
@@ -231,11 +233,12 @@ class Engine:
         reason = self.run.stop_reason() if leads else ""
         ended = self.saver.ended() if leads else None
         self.watchdog.collective(f"losses up to step {self.state.step}")
-        unwritten = bool(self.records.trouble())
-        flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None, unwritten]
-        reading = self.window.read(flags, self.goodput.sums())
-        self.goodput.take(reading.sums, self.state.step)
-        self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics() | self.records.losses())
+        with self.goodput.span("compute"):
+            unwritten = bool(self.records.trouble())
+            flags = [bool(reason), leads and self._save_due(), self.monitor.collapsed(), ended is not None, unwritten]
+            reading = self.window.read(flags, self.goodput.sums())
+            self.goodput.take(reading.sums, self.state.step)
+            self.monitor.window(reading.rows, self.goodput.metrics() | self.saver.metrics() | self.records.losses())
         stop, save, collapsed, gone, unwritten = reading.flags
         if gone:
             raise ended or StorageGoneError("rank 0 may not or cannot commit checkpoints; its own message says why")
