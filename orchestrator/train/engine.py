@@ -179,8 +179,8 @@ class Engine:
     def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         """Hands the batches on; counts the time without one as data wait, and that until the next is asked as compute.
 
-        What the loop does in between and is something else (saving, evaluation) has spans of its own in there. So have a
-        step and the reading of a window, of the same class: the watchdog takes every span for a sign of life.
+        What the loop does in between and is something else (saving, evaluation) has spans of its own in there. A step
+        and the reading of a window have theirs too: the watchdog takes every span for a sign of life.
         """
         while True:
             asked = time.perf_counter()
