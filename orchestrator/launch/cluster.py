@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,26 +65,46 @@ def connected(config: ClusterConfig, loaders: int = 0) -> Iterator[None]:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     ready_for_train(config)
+    if address:
+        settings: dict[str, Any] = {"address": address, "logging_level": logging.WARNING}
+    else:
+        cpus = max(os.cpu_count() or 1, int(config.workers * wanted_cpus(config, loaders) + 0.999))
+        settings = {
+            "address": "local",
+            "num_cpus": cpus if config.device != "cuda" else None,
+            "include_dashboard": False,
+            # Ray warns that token authentication is on; it is what docs/security.md says.
+            "logging_level": logging.ERROR,
+        }
+    # A stop raised inside Ray's `init` would leave a connection that aborts the process at its end. Handlers of signals
+    # run in the main thread only, so `init` gets another one, where it does not set its own for SIGTERM either.
+    thread = ThreadPoolExecutor(1, "ray-init")
     try:
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-        else:
-            cpus = max(os.cpu_count() or 1, int(config.workers * wanted_cpus(config, loaders) + 0.999))
-            ray.init(
-                address="local",
-                num_cpus=cpus if config.device != "cuda" else None,
-                include_dashboard=False,
-                log_to_driver=False,
-                # Ray warns that token authentication is on; it is what docs/security.md says.
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
-        raise UserError(f"cannot connect to {where}: {str(error).splitlines()[0]}") from None
-    try:
+        _join(thread, settings)
         yield
     finally:
+        thread.shutdown()  # waits for it; a second signal ends that, and nothing more is done
         _leave()
+
+
+def _join(thread: ThreadPoolExecutor, settings: dict[str, Any]) -> None:
+    """Ray's `init` in that thread.
+
+    Raises:
+        UserError: the cluster cannot be reached.
+    """
+    logging.getLogger("ray._private.worker").addFilter(_news)
+    try:
+        thread.submit(ray.init, log_to_driver=False, **settings).result()
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
+        raise UserError(f"cannot connect to {where}: {str(error).splitlines()[0]}") from None
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Whether a warning of Ray's says more than that it sets no handler of SIGTERM."""
+    return "SIGTERM handler" not in record.getMessage()
 
 
 def _leave() -> None:

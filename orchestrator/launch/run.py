@@ -163,10 +163,7 @@ class _Attempt:
     def _prepare(self, stack: contextlib.ExitStack) -> Resources:
         """Connects to the cluster and checks it; the connection ends with `stack`."""
         cluster, loaders = self._config.cluster, self._config.data.workers
-        try:
-            stack.enter_context(connected(cluster, loaders))
-        except SystemExit:  # Ray's answer to SIGTERM, whose handler it sets before it has connected
-            raise StopRequest("SIGTERM") from None
+        stack.enter_context(connected(cluster, loaders))
         self._stops.listen()
         resources = request(cluster, loaders)
         self._question = make_question(self._config, self._folder, KEY, self._manifest)

@@ -38,7 +38,7 @@ class Stops:
         return self
 
     def listen(self) -> dict[int, object]:
-        """Puts our handlers in their place (again after `ray.init`, which has its own); returns what was there."""
+        """Puts our handlers in their place (again after `ray.init`, which wraps them); returns what was there."""
         return {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(
@@ -75,6 +75,16 @@ class Stops:
         text = "saving a checkpoint and stopping; once more to stop at once"
         print(f"\n{self.reason}: {text}", file=sys.stderr, flush=True)
         self.tell(self.reason)
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """A block in which SIGTERM does what Ctrl-C does at that moment; begun again after `ray.init`, which wraps it."""
+    old = signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def _logs(frame: FrameType | None) -> bool:

@@ -24,6 +24,7 @@ from orchestrator.launch.cli import EXIT_HELD, EXIT_OK
 from orchestrator.launch.cluster import connected, wanted_cpus
 from orchestrator.launch.lease import HeldError, Lease
 from orchestrator.launch.record import open_record
+from orchestrator.launch.stops import terminated_as_interrupted
 from orchestrator.sweep.config import BOTH, MEASURE, MEASURED, TRAIN
 from orchestrator.sweep.driver import Driver
 from orchestrator.sweep.front import gains
@@ -59,7 +60,8 @@ def sweep(config: SweepJobConfig, recipe: str, work: MeasureFn | None = None) ->
         UserError: checkpoint, data, space or cluster cannot serve.
     """
     try:
-        return _whole(config, recipe, work)
+        with terminated_as_interrupted():
+            return _whole(config, recipe, work)
     except (HeldError, FencedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_HELD
@@ -124,7 +126,7 @@ def _run(
     lease: Lease,
 ) -> None:  # fmt: skip
     """Trials on the cluster until none is left or somebody stops it."""
-    with connected(config.cluster):
+    with connected(config.cluster), terminated_as_interrupted():
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         placement = (place_training if config.sweep.mode == TRAIN else place)(nodes, config.cluster)
         print(f"at most {placement.concurrent} trials at a time")

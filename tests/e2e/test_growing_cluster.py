@@ -238,12 +238,16 @@ def test_a_stop_while_the_run_waits_for_nodes_ends_it_at_once(growing, low):
     assert "its process is gone" not in again
 
 
-def test_a_stop_before_the_cluster_is_joined_is_a_stop_too(growing):
-    text, took = stop_when(process := start(growing, "run.name=early"), "run early (start)")
+@pytest.mark.parametrize("pause_s", [0.0, 0.5], ids=["before", "within"])
+def test_a_stop_before_the_cluster_is_joined_is_a_stop_too(growing, pause_s):
+    """Also one that comes inside Ray's `init`, which takes a second or two."""
+    name = f"early-{pause_s}"
+    text, took = stop_when(process := start(growing, f"run.name={name}"), f"run {name} (start)", pause_s)
     assert process.returncode == 0, text
     assert took < 30
-    assert record_of(growing, "early")["state"] == "stopped"
+    assert record_of(growing, name)["state"] == "stopped"
     assert "Traceback" not in text
+    assert "SIGTERM handler" not in text, "Ray's word on where it runs"
 
 
 def test_an_elastic_run_that_never_gets_its_nodes_ends_and_says_so(growing):

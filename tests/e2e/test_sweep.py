@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.checkpoint.runlog import RELEASED, RunLog
 from orchestrator.config.identity import result_fields
 from orchestrator.config.load import load
 from orchestrator.config.tree import EvaluateConfig, PretrainConfig
+from orchestrator.data.folder import Folder
 from orchestrator.launch.record import open_record
 from orchestrator.train.loop import train
 from tests.support import TINY, LocalRun, tiny_config, write_shards
@@ -120,6 +123,28 @@ def test_a_killed_sweep_resumes_with_every_trial_and_ends_with_recommendations(h
         cwd=ROOT, env=environment(root), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert accepted.returncode == 0, accepted.stderr
+
+
+def test_a_terminated_sweep_ends_in_order_and_gives_its_lease_back(home):
+    """What `ray job stop` sends."""
+    root, _ = home
+    folder = root / "runs" / "ended"
+    words = command(home, ["jobs/sweep.py"], *MEASURE, "run.name=ended", "sweep.trials=6")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(words, cwd=ROOT, env=environment(root), **pipes) as driver:
+        deadline = time.monotonic() + 400
+        while not ends(folder):
+            assert driver.poll() is None, driver.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        driver.send_signal(signal.SIGTERM)
+        text = driver.stdout.read()
+    assert driver.returncode == 0, text
+    assert re.search(r"stopped with \d trials left. Type the same command again to go on", text), text
+    assert "Traceback" not in text
+    assert children(root, "ended")[1].info.status == "KILLED"
+    assert json.loads((folder / "run.json").read_text())["finished"] is False
+    assert RunLog(Folder(str(folder))).last().kind == RELEASED
 
 
 def test_trials_that_raise_hang_or_exhaust_memory_do_not_stop_a_sweep(home):
