@@ -15,6 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from itpn_core.errors import WeightsError
@@ -86,6 +87,14 @@ class Task(nn.Module):
     def compilable(self) -> list[nn.Module]:
         """What compiling pays for outside the student."""
         return []
+
+    def teach_beside(self, device: torch.device) -> None:
+        """Has a frozen teacher work beside the student on a GPU; nothing to do for tasks without one.
+
+        Args:
+            device: where the task is.
+        """
+        del device
 
     def ema_update(self, progress: float) -> None:
         """Moves the moving-average teacher one step; nothing to do for tasks without one.

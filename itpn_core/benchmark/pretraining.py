@@ -153,6 +153,12 @@ def compiled(task: Task) -> Task:
     return task
 
 
+def beside(task: Task, device: torch.device) -> Task:
+    """The same task with its teacher on a stream of its own."""
+    task.teach_beside(device)
+    return task
+
+
 def _rows(
     task: Task, options: argparse.Namespace, batch: int, flops: float, peak: float, device: torch.device
 ) -> list[str]:
@@ -165,6 +171,10 @@ def _rows(
     }
     if not options.no_compile:
         makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
+        if device.type == "cuda":
+            makers["teacher beside"] = lambda: TrainingStep(
+                beside(compiled(copy.deepcopy(task)), device), examples, naive=False
+            )
     found = measure(makers, device, options.rounds)
     gain = ratios({name: each.seconds for name, each in found.items()}, "naive") if "naive" in found else {}
     lines = []

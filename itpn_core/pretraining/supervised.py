@@ -13,6 +13,7 @@ from itpn_core.models.layout import to_map
 from itpn_core.models.pixel_student import patch_pixels
 from itpn_core.models.pyramid import Levels
 from itpn_core.pretraining.base import PretrainTask
+from itpn_core.pretraining.beside import Beside, Pending, arrived
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import (
     ChannelStatistics,
@@ -25,7 +26,7 @@ from itpn_core.pretraining.targets import (
 )
 from itpn_core.pretraining.teachers import Teacher, at_least_float32
 from itpn_core.random import derive
-from itpn_core.task import TaskOutput
+from itpn_core.task import Examples, TaskOutput
 
 
 class TeacherTask(PretrainTask):
@@ -44,6 +45,18 @@ class TeacherTask(PretrainTask):
             self.register_buffer("target_std", torch.ones(teacher.width))
             self.register_buffer("target_fitted", torch.zeros((), dtype=torch.bool))
         self._fitted = self.target_norm != "channel"
+        self._beside: Beside | None = None
+
+    def teach_beside(self, device: torch.device) -> None:
+        """Computes targets on a stream of their own from now on.
+
+        The teacher's kernels then fill what the student's leave free of the GPU; its activations need memory of their
+        own beside the student's.
+
+        Args:
+            device: where the task is; nothing changes unless it is a CUDA device.
+        """
+        self._beside = Beside(device) if device.type == "cuda" else None
 
     @property
     def needs_statistics(self) -> bool:
@@ -93,6 +106,12 @@ class TeacherTask(PretrainTask):
             return (tokens_BNT - self.target_mean) / self.target_std
         return plain_layer_norm(tokens_BNT) if self.target_norm == "layer" else tokens_BNT
 
+    @torch.no_grad()
+    def prepare(self, examples: Examples) -> tuple[Tensor, Tensor | Pending]:
+        """The images as they are, and their targets, which may still be on their way."""
+        images = examples.images
+        return images, self._beside(self.targets, images) if self._beside else self.targets(images)
+
     def _fine(self, levels: Levels) -> dict[str, Tensor]:
         """Maps of the pyramid levels that are finer than the teacher's tokens."""
         return {f"student/{name}": to_map(getattr(levels, name), self.student.grid) for name in ("p8", "p4")}
@@ -105,11 +124,12 @@ class FastTask(TeacherTask):
     are then trained directly, which pays in runs of minutes.
     """
 
-    def forward(self, images_B3HW: Tensor, targets: Tensor, keys_B: Tensor) -> TaskOutput:
+    def forward(self, images_B3HW: Tensor, targets: Tensor | Pending, keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         mask_BN = self.mask(keys_B)
         prediction_BNT = self.student(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
         prediction_BNT = at_least_float32(prediction_BNT)
+        targets = arrived(targets)
         masked_B = cosine_loss(prediction_BNT, targets, mask_BN, self.mask_count)
         if self.config.loss_tokens == "masked":
             return TaskOutput(masked_B, {})
@@ -125,9 +145,10 @@ class FastTask(TeacherTask):
 class ClipTask(TeacherTask):
     """CLIP iTPN: SmoothL1 on all tokens, from the pyramid head and from the auxiliary head, with equal weights."""
 
-    def forward(self, images_B3HW: Tensor, targets: Tensor, keys_B: Tensor) -> TaskOutput:
+    def forward(self, images_B3HW: Tensor, targets: Tensor | Pending, keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         heads = self.student(self.normalise(images_B3HW), self.mask(keys_B), derive(keys_B, "drop_path"))
+        targets = arrived(targets)
         pyramid_B, auxiliary_B = (smooth_l1(at_least_float32(head), targets) for head in heads)
         parts = {"loss_pyramid": pyramid_B.detach(), "loss_auxiliary": auxiliary_B.detach()}
         return TaskOutput(pyramid_B + auxiliary_B, parts)

@@ -14,10 +14,12 @@ from itpn_core.pretraining.supervised import ClipTask, FastTask, PixelTask
 from itpn_core.pretraining.teachers import Grid, Teacher, TimmTeacher, check_grid
 from itpn_core.task import TaskOutput
 
-__all__ = ["FAMILY_OF", "PretrainTask", "TaskOutput", "build_task"]
+__all__ = ["FAMILY_OF", "TAUGHT", "PretrainTask", "TaskOutput", "build_task"]
 
 FAMILY_OF = {"fast": "fast", "ema": "fast", "clip": "itpn_clip", "pixel": "itpn_pixel"}
 """The model family each objective trains."""
+TAUGHT = ("fast", "clip")
+"""Objectives with a frozen teacher."""
 
 
 def _teacher_for(config: ObjectiveConfig, grid: Grid, image_size: Grid) -> TimmTeacher:

@@ -15,7 +15,7 @@ from itpn_core.models.backbone import Backbone
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.importer import plan_load
 from itpn_core.pretraining.config import check_objective
-from itpn_core.pretraining.tasks import FAMILY_OF
+from itpn_core.pretraining.tasks import FAMILY_OF, TAUGHT
 from orchestrator.checkpoint.source import Source, open_source
 from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
@@ -166,6 +166,8 @@ def _check_settings(config: JobConfig) -> None:
         raise SettingError(f"train.guard.loss_sigma={sigma}: it must be 0 (never) or a number of deviations, such as 6")
     if not 0 < optimizer.layer_decay <= 1:
         raise SettingError(f"train.optimizer.layer_decay={optimizer.layer_decay}: it must be in (0, 1]")
+    if config.train.teacher_stream and (isinstance(config, FinetuneConfig) or config.objective.kind not in TAUGHT):
+        raise SettingError("train.teacher_stream=true: only objective.kind=fast and clip have a frozen teacher")
     if isinstance(config, FinetuneConfig):
         _check_finetuning(config)
     else:

@@ -46,6 +46,8 @@ def build_state(
         checkpoint_gradients(task)
     if config.train.compile:
         compile_task(task, config.train.compile_backend)
+    if config.train.teacher_stream:
+        task.teach_beside(device)
     parallel: Parallel = Replicated(task, device, world) if mesh is None else Sharded(task, mesh)
     lr = peak_lr(config.train.optimizer, config.train.global_batch)
     depths = kind.depths(task)

@@ -121,6 +121,13 @@ class TrainConfig:
     compile_backend: str = field(
         default="inductor", metadata={"affects_result": False, "help": "torch.compile's backend"}
     )
+    teacher_stream: bool = field(
+        default=False,
+        metadata={
+            "affects_result": False,
+            "help": "CUDA: run the frozen teacher on a stream of its own, beside the student; costs memory",
+        },
+    )
     seed: int = field(default=0, metadata={"help": "seed of initialisation, order, masks and every other choice"})
     log_every: int = field(
         default=10, metadata={"affects_result": False, "help": "steps between two reads of losses from the device"}

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from itpn_core.pretraining.beside import Pending
 from itpn_core.pretraining.masking import Placement, block_mask, uniform_mask
 from itpn_core.random import stream_keys, uniform
 from itpn_core.task import Examples
@@ -25,6 +26,7 @@ from orchestrator.train.step import Step
 from tests.golden.adapter import build
 from tests.golden.cases import CASES, Case, run
 from tests.support import LocalRun, losses, tiny_config, write_shards
+from tests.unit.test_tasks import batch, make
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -149,6 +151,30 @@ def test_reduced_formats_stay_near_float32(data, tmp_path, precision):
     print(precision, "and fp32", apart(full, reduced))
     assert all(math.isfinite(value) for value in reduced.values())
     assert apart(full, reduced) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["fast", "clip"])
+def test_a_teacher_on_its_own_stream_teaches_the_same(kind):
+    """Many steps without a wait, so that memory that is used too early would show."""
+    images, keys = (each.cuda() for each in batch(n=64))
+    numbers = torch.arange(len(images), device="cuda")
+    found = []
+    for own_stream in (False, True):
+        task = make(kind).cuda()
+        optimizer = torch.optim.SGD([p for p in task.parameters() if p.requires_grad], lr=1e-3)
+        if own_stream:
+            task.teach_beside(torch.device("cuda"))
+        curve = []
+        for step in range(40):
+            seen, targets = task.prepare(Examples(images.roll(step, 0), numbers * 0, numbers >= 0, keys))
+            assert isinstance(targets, Pending) is own_stream
+            loss = task(seen, targets, keys).loss_B.mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(loss.detach())
+        found.append(torch.stack(curve))
+    torch.testing.assert_close(found[1], found[0], rtol=FP32, atol=0)
 
 
 @pytest.mark.timeout(600)
