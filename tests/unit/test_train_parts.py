@@ -79,9 +79,10 @@ def test_warm_up_lasts_as_long_as_was_asked(total, per_epoch, steps, epochs):
         (["train.optimizer.warmup_steps=5", "train.optimizer.warmup_epochs=1"], "both say how long the warm-up is"),
         (["train.optimizer.warmup_steps=-1"], "warmup_steps=-1: it must be 0 or more"),
         (["train.optimizer.warmup_epochs=.inf"], "warmup_epochs=inf: it must be 0 or more"),
+        (["train.teacher_stream=true"], "only objective.kind=fast and clip have a frozen teacher"),
     ],
 )
-def test_a_warm_up_that_cannot_be_is_refused(tmp_path, words, told):
+def test_settings_that_cannot_be_are_refused(tmp_path, words, told):
     with pytest.raises(SettingError, match=re.escape(told)):
         check(tiny_config("/nowhere", tmp_path, *words))
 
