@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.init import init_fast
 from itpn_core.models.layers import CellConv, layer_norm
-from itpn_core.models.layout import cell_order, to_map
+from itpn_core.models.layout import cell_order, take_patches, to_map
 from itpn_core.models.pyramid import PYRAMID_DIM, Levels, Pyramid, PyramidTrunk
 from itpn_core.models.trunk import StemFeatures
 
@@ -70,14 +70,25 @@ class FastStudent(PyramidTrunk):
         return torch.where(mask_BN[:, :, None, None], token_SC, cells_BNSC)
 
     def encode(
-        self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None
+        self,
+        images_B3HW: Tensor,
+        mask_BN: Tensor | None = None,
+        drop_keys_B: Tensor | None = None,
+        only_BM: Tensor | None = None,
     ) -> tuple[Tensor, StemFeatures, Levels]:
-        """Normed stage-3 tokens [B, N, E], stem laterals and pyramid levels."""
+        """Normed stage-3 tokens [B, N, E], stem laterals, and pyramid levels of all patches or of `only_BM`."""
         grid = self.grid_of(*images_B3HW.shape[-2:])
         keep_BP = self.drop_path_factors(images_B3HW.shape[0], images_B3HW.device, drop_keys_B)
         stem = self.stem(self.masked_cells(images_B3HW, mask_BN), keep_BP)
         x_BNE = self.norm(self.attend(stem.tokens + self.positions(grid), grid, keep_BP, masked_BN=mask_BN).tokens)
-        return x_BNE, stem, self.levels(x_BNE, stem)
+        return x_BNE, stem, self._levels_of(only_BM, x_BNE, stem)
+
+    def _levels_of(self, only_BM: Tensor | None, x_BNE: Tensor, stem: StemFeatures) -> Levels:
+        if only_BM is None:
+            return self.levels(x_BNE, stem)
+        # No patch of the pyramid sees another one: what no loss asks for need not be computed.
+        f4, f8 = (take_patches(lateral, only_BM) for lateral in (stem.f4, stem.f8))
+        return self.levels(take_patches(x_BNE, only_BM), stem._replace(f4=f4, f8=f8))
 
     def head(self, levels: Levels) -> Tensor:
         """Fuses the levels and predicts teacher features [B, N, T]."""
@@ -89,18 +100,25 @@ class FastStudent(PyramidTrunk):
         out: Tensor = self.lm_head(self.norm(fused[0] + fused[1] + fused[2]))
         return out
 
-    def forward(self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None) -> Tensor:
-        """Predicted teacher features of every patch.
+    def forward(
+        self,
+        images_B3HW: Tensor,
+        mask_BN: Tensor | None = None,
+        drop_keys_B: Tensor | None = None,
+        only_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted teacher features of every patch, or of some.
 
         Args:
             images_B3HW: normalised images.
             mask_BN: bool [B, N], True = masked; None masks nothing.
             drop_keys_B: int64 [B] stochastic-depth keys; None draws from torch's generator.
+            only_BM: int64 [B, M], the patches to predict; None = all.
 
         Returns:
-            [B, N, T] in row-major patch order.
+            [B, N, T] in row-major patch order, or [B, M, T] in the order of `only_BM`.
         """
-        _, _, levels = self.encode(images_B3HW, mask_BN, drop_keys_B)
+        _, _, levels = self.encode(images_B3HW, mask_BN, drop_keys_B, only_BM)
         return self.head(levels)
 
     def pyramid(self, images_B3HW: Tensor, mask_BN: Tensor | None = None, drop_keys_B: Tensor | None = None) -> Pyramid:

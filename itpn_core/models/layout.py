@@ -107,6 +107,12 @@ def split_cells(x_BNSC: Tensor, children: int = 4) -> Tensor:
     return x_BNSC.reshape(batch, patches, cells * children, channels // children)
 
 
+def take_patches(x: Tensor, ids_BK: Tensor) -> Tensor:
+    """Patches of each sample by index: [B, N, ...] and [B, K] to [B, K, ...]."""
+    ids = ids_BK.view(*ids_BK.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
+    return x.gather(1, ids)
+
+
 def square_side(count: int) -> int:
     """Side of a square of `count` cells.
 

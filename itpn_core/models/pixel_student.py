@@ -11,7 +11,7 @@ from itpn_core.models.clip_student import cell_projections, fuse_cells
 from itpn_core.models.config import ITPN_MLP_RATIO, ModelConfig
 from itpn_core.models.init import init_itpn
 from itpn_core.models.layers import Block, FusedAttention, Mlp, layer_norm
-from itpn_core.models.layout import patchify
+from itpn_core.models.layout import patchify, take_patches
 from itpn_core.models.positions import Grid, SizeCache, resample_positions, sincos_positions
 from itpn_core.models.pyramid import PYRAMID_DIM, Levels, PyramidTrunk
 
@@ -39,12 +39,6 @@ def ids_from_mask(mask_BN: Tensor, masked: int | None = None) -> tuple[Tensor, T
         raise ValueError(f"{count} of {mask_BN.shape[1]} patches masked: at least one must stay visible.")
     order_BN = mask_BN.to(torch.uint8).argsort(dim=1, stable=True)
     return order_BN[:, :visible], order_BN.argsort(dim=1)
-
-
-def take_patches(x: Tensor, ids_BK: Tensor) -> Tensor:
-    """Patches of each sample by index: [B, N, ...] and [B, K] to [B, K, ...]."""
-    ids = ids_BK.view(*ids_BK.shape, *(1,) * (x.ndim - 2)).expand(-1, -1, *x.shape[2:])
-    return x.gather(1, ids)
 
 
 class PixelStudent(PyramidTrunk):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from itpn_core.models.config import ModelConfig
 from itpn_core.models.fast_student import FastStudent
 from itpn_core.models.layers import layer_norm
-from itpn_core.models.layout import to_map
+from itpn_core.models.layout import take_patches, to_map
 from itpn_core.pretraining.base import PretrainTask
 from itpn_core.pretraining.colour import recolour
 from itpn_core.pretraining.config import ObjectiveConfig
-from itpn_core.pretraining.targets import plain_instance_norm, plain_layer_norm, smooth_l1
+from itpn_core.pretraining.targets import masked_ids, plain_instance_norm, plain_layer_norm, smooth_l1
 from itpn_core.pretraining.teachers import EmaTeacher, Grid, at_least_float32, cosine_momentum
 from itpn_core.random import derive, uniform
 from itpn_core.task import Examples, TaskOutput
@@ -109,23 +109,17 @@ class EmaTask(PretrainTask):
             return targets
         return (*targets, plain_layer_norm(at_least_float32(x_BNE).mean(dim=1)))
 
-    def _scored(self, mask_BN: Tensor, level_BNSF: Tensor) -> Tensor:
-        """Cells that count in the loss: of the masked patches [B, M, S, F] (M is the same everywhere), or of all."""
-        if self.config.loss_tokens == "all":
-            return level_BNSF
-        index_BM = mask_BN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.mask_count]
-        index = index_BM[:, :, None, None].expand(-1, -1, *level_BNSF.shape[2:])
-        return level_BNSF.gather(1, index)
-
     def forward(self, images_B3HW: Tensor, targets: tuple[Tensor, ...], keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         mask_BN = self.mask(keys_B)
-        x_BNE, _, levels = self.student.encode(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
+        only_BM = masked_ids(mask_BN, self.mask_count) if self.config.loss_tokens == "masked" else None
+        images_B3HW, drop_keys_B = self.normalise(images_B3HW), derive(keys_B, "drop_path")
+        x_BNE, _, levels = self.student.encode(images_B3HW, mask_BN, drop_keys_B, only_BM)
         losses: dict[str, Tensor] = {}
         parts = zip(LEVELS, self.predictors, levels, targets[: len(LEVELS)], strict=True)
         for name, predict, level, target in parts:
-            prediction = predict(self._scored(mask_BN, level))
-            losses[f"loss_{name}"] = smooth_l1(at_least_float32(prediction), self._scored(mask_BN, target))
+            wanted = target if only_BM is None else take_patches(target, only_BM)
+            losses[f"loss_{name}"] = smooth_l1(at_least_float32(predict(level)), wanted)
         total_B = sum(weight * loss_B for weight, loss_B in zip(self._weights, losses.values(), strict=True))
         if self.image_predictor is not None:
             prediction_BE = self.image_predictor(self._visible_mean(mask_BN, x_BNE))

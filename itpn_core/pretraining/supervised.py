@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from itpn_core.models.config import ModelConfig
-from itpn_core.models.layout import to_map
+from itpn_core.models.layout import take_patches, to_map
 from itpn_core.models.pixel_student import patch_pixels
 from itpn_core.models.pyramid import Levels
 from itpn_core.pretraining.base import PretrainTask
@@ -17,7 +17,9 @@ from itpn_core.pretraining.beside import Beside, Pending, arrived
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import (
     ChannelStatistics,
-    cosine_loss,
+    cosines,
+    masked_ids,
+    masked_mean,
     masked_mse,
     normalised_pixels,
     plain_layer_norm,
@@ -127,14 +129,15 @@ class FastTask(TeacherTask):
     def forward(self, images_B3HW: Tensor, targets: Tensor | Pending, keys_B: Tensor) -> TaskOutput:
         """Per-sample losses; see `PretrainTask.forward`."""
         mask_BN = self.mask(keys_B)
-        prediction_BNT = self.student(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"))
-        prediction_BNT = at_least_float32(prediction_BNT)
-        targets = arrived(targets)
-        masked_B = cosine_loss(prediction_BNT, targets, mask_BN, self.mask_count)
-        if self.config.loss_tokens == "masked":
-            return TaskOutput(masked_B, {})
-        all_B = cosine_loss(prediction_BNT, targets, torch.ones_like(mask_BN), mask_BN.shape[1])
-        return TaskOutput(all_B, {"loss_masked": masked_B.detach()})
+        only_BM = masked_ids(mask_BN, self.mask_count) if self.config.loss_tokens == "masked" else None
+        prediction = self.student(self.normalise(images_B3HW), mask_BN, derive(keys_B, "drop_path"), only_BM)
+        targets_BNT = arrived(targets)
+        wanted = targets_BNT if only_BM is None else take_patches(targets_BNT, only_BM)
+        similarity = cosines(at_least_float32(prediction), wanted)
+        if only_BM is not None:
+            return TaskOutput(-similarity.mean(dim=1), {})
+        masked_B = masked_mean(similarity.detach(), mask_BN, self.mask_count)
+        return TaskOutput(-similarity.mean(dim=1), {"loss_masked": -masked_B})
 
     def picture(self, images_B3HW: Tensor, mask_BN: Tensor) -> dict[str, Tensor]:
         """Teacher tokens, the student's prediction from the masked image, and its finer pyramid levels."""

@@ -71,14 +71,19 @@ class ChannelStatistics:
         return mean_C.float(), torch.where(std_C > 1e-6, std_C, 1.0).float()
 
 
+def masked_ids(mask_BN: Tensor, count: int) -> Tensor:
+    """Indices of the masked patches, ascending: int64 [B, count]; every row masks so many."""
+    return mask_BN.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
 def masked_mean(values_BN: Tensor, mask_BN: Tensor, count: int) -> Tensor:
     """Mean of each row over its `count` masked entries; [B]."""
     return torch.where(mask_BN, values_BN, 0).sum(dim=1) / count
 
 
-def cosine_loss(prediction_BNC: Tensor, target_BNC: Tensor, mask_BN: Tensor, count: int) -> Tensor:
-    """Minus the mean cosine similarity over masked tokens; [B] (Fast-iTPN)."""
-    return -masked_mean(F.cosine_similarity(prediction_BNC, target_BNC, dim=2, eps=1e-8), mask_BN, count)
+def cosines(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:
+    """Cosine similarity of each token with its target; [B, N] (Fast-iTPN)."""
+    return F.cosine_similarity(prediction_BNC, target_BNC, dim=2, eps=1e-8)
 
 
 def smooth_l1(prediction_BNC: Tensor, target_BNC: Tensor) -> Tensor:

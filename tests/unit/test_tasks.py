@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from itpn_core.errors import ConfigError, WeightsError
 from itpn_core.models.config import ModelConfig
+from itpn_core.models.layout import take_patches
+from itpn_core.models.pyramid import Levels
 from itpn_core.pretraining.config import ObjectiveConfig
 from itpn_core.pretraining.targets import ChannelStatistics, plain_layer_norm, tokens_of
 from itpn_core.pretraining.tasks import FAMILY_OF, build_task
@@ -137,6 +139,31 @@ def test_fast_loss_is_minus_the_mean_cosine_over_masked_tokens():
         assert losses(task, images, keys).loss_B[b].item() == pytest.approx(
             -sum(c.item() for c in cosines) / 6, abs=1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["fast", "ema"])
+def test_a_pyramid_of_masked_patches_alone_teaches_what_the_whole_one_does(kind):
+    task = make(kind, drop_path=0.3).double().train()
+    images, keys = batch(dtype=torch.float64)
+    found, grads = losses(task, images, keys).loss_B, gradients(task, images, keys, 6)
+    real = task.student.levels
+    seen = []
+
+    def whole(x_BNE, stem):
+        seen.append(x_BNE.shape[1])
+        return real(x_BNE, stem)
+
+    task.student.levels = whole
+    losses(task, images, keys)
+    assert seen == [task.mask_count], "the others cost nothing"
+    task.student._levels_of = lambda only_BM, x_BNE, stem: Levels(
+        *(level if only_BM is None else take_patches(level, only_BM) for level in whole(x_BNE, stem))
+    )
+    torch.testing.assert_close(losses(task, images, keys).loss_B, found, rtol=1e-12, atol=1e-14)
+    assert seen[1:] == [16]
+    expected = gradients(task, images, keys, 6)
+    for name, value in grads.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_fast_loss_over_all_tokens_keeps_the_masked_part_for_the_record():
