@@ -3,7 +3,8 @@
 A step is what the training engine does on one device: targets of a frozen teacher, forward, backward, clipping and
 AdamW, in bf16 on CUDA. The naive step computes the same numbers from the same model, but attention is materialised, the
 optimizer goes tensor by tensor and every step ends with `.item()`. The data are random and stay on the device; all is
-interleaved in one run. Needs torch, timm (with what it requires itself) and numpy; the teacher's weights are random.
+interleaved in one run. "loss on all patches" is what a Fast-iTPN step costs when its pyramid computes the patches that
+no loss asks for too; "teacher beside" puts the teacher on a stream of its own (CUDA). Needs torch, timm (with what it requires itself) and numpy; the teacher's weights are random.
 
 "step MB" is what one step needs at its peak beyond state: activations, gradients, work space (the allocator's peak on
 CUDA, live tensors elsewhere). "total MB" adds the state of that step alone: weights, teacher, buffers, moments.
@@ -18,7 +19,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from itpn_core.compiling import compile_task
 from itpn_core.evaluation.cost import training_flops
 from itpn_core.models.config import ModelConfig
 from itpn_core.pretraining.config import ObjectiveConfig, TeacherConfig
+from itpn_core.pretraining.supervised import FastTask
 from itpn_core.pretraining.tasks import build_task
 from itpn_core.task import Examples, Task
 
@@ -153,6 +155,13 @@ def compiled(task: Task) -> Task:
     return task
 
 
+def scoring_all(task: FastTask) -> FastTask:
+    """A copy whose loss takes in every patch, so that its pyramid must compute every patch."""
+    copied = copy.deepcopy(task)
+    copied.config = replace(task.config, loss_tokens="all")
+    return copied
+
+
 def beside(task: Task, device: torch.device) -> Task:
     """The same task with its teacher on a stream of its own."""
     task.teach_beside(device)
@@ -169,6 +178,8 @@ def _rows(
         "naive": partial(TrainingStep, task, examples, naive=True),
         "eager": partial(TrainingStep, task, examples, naive=False),
     }
+    if isinstance(task, FastTask):
+        makers["eager, loss on all patches"] = lambda: TrainingStep(scoring_all(task), examples, naive=False)
     if not options.no_compile:
         makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
         if device.type == "cuda":
