@@ -3,8 +3,10 @@
 A step is what the training engine does on one device: targets of a frozen teacher, forward, backward, clipping and
 AdamW, in bf16 on CUDA. The naive step computes the same numbers from the same model, but attention is materialised, the
 optimizer goes tensor by tensor and every step ends with `.item()`. The data are random and stay on the device; all is
-interleaved in one run. "loss on all patches" is what a Fast-iTPN step costs when its pyramid computes the patches that
-no loss asks for too; "teacher beside" puts the teacher on a stream of its own (CUDA). Needs torch, timm (with what it requires itself) and numpy; the teacher's weights are random.
+interleaved in one run. Needs torch, timm (with what it requires itself) and numpy; the teacher's weights are random.
+
+Further steps on request: `--all-patches`, Fast-iTPN with a loss that asks its pyramid for every patch and not only for
+the masked ones; `--teacher-beside`, compiled, with the teacher on a CUDA stream of its own.
 
 "step MB" is what one step needs at its peak beyond state: activations, gradients, work space (the allocator's peak on
 CUDA, live tensors elsewhere). "total MB" adds the state of that step alone: weights, teacher, buffers, moments.
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=10, help="timed rounds; each takes every step once")
     parser.add_argument("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--all-patches", action="store_true", help="also Fast-iTPN with the loss on all patches")
+    parser.add_argument("--teacher-beside", action="store_true", help="also the teacher on a CUDA stream of its own")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -178,11 +182,11 @@ def _rows(
         "naive": partial(TrainingStep, task, examples, naive=True),
         "eager": partial(TrainingStep, task, examples, naive=False),
     }
-    if isinstance(task, FastTask):
+    if options.all_patches and isinstance(task, FastTask):
         makers["eager, loss on all patches"] = lambda: TrainingStep(scoring_all(task), examples, naive=False)
     if not options.no_compile:
         makers["compiled"] = lambda: TrainingStep(compiled(copy.deepcopy(task)), examples, naive=False)
-        if device.type == "cuda":
+        if options.teacher_beside and device.type == "cuda":
             makers["teacher beside"] = lambda: TrainingStep(
                 beside(compiled(copy.deepcopy(task)), device), examples, naive=False
             )

@@ -64,12 +64,13 @@ def table(capsys):
 
 
 def test_the_table_comes_out(capsys):
-    pretraining.main(options("--students", "fast", "--no-compile"))
-    naive, eager = table(capsys)
+    pretraining.main(options("--students", "fast", "--no-compile", "--all-patches"))
+    naive, eager, every = table(capsys)
     assert (naive["step"], eager["step"]) == ("naive", "eager")
+    assert every["step"] == "eager, loss on all patches"
     assert naive["against naive"] == "1 [1, 1]", "everything is compared with the naive step"
     assert int(naive["operators"]) > int(eager["operators"])
-    for row in (naive, eager):
+    for row in (naive, eager, every):
         assert int(row["total MB"]) > int(row["step MB"]) > 0
 
 
