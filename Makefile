@@ -52,7 +52,7 @@ test: lint  ## everything that CI runs first: lint, unit, contract, golden, one 
 test-long: $(STAMP)  ## kills, world sizes, real S3, PostgreSQL and MLflow servers
 	@$(BIN)/pytest -m long --timeout 900
 
-test-cluster: $(STAMP)  ## several hosts as network namespaces (root)
+test-cluster: $(STAMP)  ## several hosts as network namespaces (root), and the longest runs
 	@$(BIN)/pytest -m cluster --timeout 1800
 
 clean:  ## remove the environment and caches of this clone (never ITPN_HOME)

@@ -157,7 +157,7 @@ def training_workers():
 def test_a_killed_worker_is_named_and_the_run_goes_on_from_the_last_checkpoint(cluster):
     folder = folder_of(cluster, "killed")
     before = set(training_workers())
-    words = ("run.name=killed", "train.epochs=60", "train.log_every=1", "checkpoint.every_steps=2")
+    words = ("run.name=killed", "train.epochs=24", "train.log_every=1", "checkpoint.every_steps=2")
     driver = start(cluster, *words, "cluster.workers=2")
     wait_for("two commits", lambda: len(commits(folder)) > 1)
     victims = set(training_workers()) - before

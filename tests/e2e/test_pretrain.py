@@ -81,7 +81,7 @@ def test_pretrains_evaluates_tracks_and_knows_when_it_is_done(home):
 
 @pytest.mark.long
 def test_killed_driver_resumes_and_says_from_where(home):
-    words = ("run.name=killed", "train.epochs=30", "checkpoint.every_steps=1", "train.log_every=1", "eval.queries=8")
+    words = ("run.name=killed", "train.epochs=12", "checkpoint.every_steps=1", "train.log_every=1", "eval.queries=8")
     checkpoints = home / "runs" / "killed" / "checkpoints"
     with subprocess.Popen(
         command(*words), cwd=ROOT, env=job_environment(home), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -103,7 +103,7 @@ def test_killed_driver_resumes_and_says_from_where(home):
 
 @pytest.mark.long
 def test_interrupt_saves_and_the_same_command_goes_on(home):
-    words = ("run.name=stopped", "train.epochs=30", "train.log_every=1", "eval.queries=8")
+    words = ("run.name=stopped", "train.epochs=12", "train.log_every=1", "eval.queries=8")
     with subprocess.Popen(
         command(*words),
         cwd=ROOT,

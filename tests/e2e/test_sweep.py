@@ -22,7 +22,7 @@ from orchestrator.train.loop import train
 from tests.support import TINY, LocalRun, tiny_config, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 SPACE = """
 sweep:
   space:
@@ -79,6 +79,7 @@ def children(root, name):
     return client, parent, below
 
 
+@pytest.mark.long
 def test_a_killed_sweep_resumes_with_every_trial_and_ends_with_recommendations(home):
     root, _ = home
     folder = root / "runs" / "measured"
@@ -125,6 +126,7 @@ def test_a_killed_sweep_resumes_with_every_trial_and_ends_with_recommendations(h
     assert accepted.returncode == 0, accepted.stderr
 
 
+@pytest.mark.long
 def test_a_terminated_sweep_ends_in_order_and_gives_its_lease_back(home):
     """What `ray job stop` sends."""
     root, _ = home
@@ -147,6 +149,7 @@ def test_a_terminated_sweep_ends_in_order_and_gives_its_lease_back(home):
     assert RunLog(Folder(str(folder))).last().kind == RELEASED
 
 
+@pytest.mark.long
 def test_trials_that_raise_hang_or_exhaust_memory_do_not_stop_a_sweep(home):
     root, _ = home
     words = command(
@@ -163,6 +166,7 @@ def test_trials_that_raise_hang_or_exhaust_memory_do_not_stop_a_sweep(home):
         assert part in found[number]["error"], found[number]["error"]
 
 
+@pytest.mark.cluster
 def test_six_trials_train_through_ray_train_inside_tune_on_two_cpus(home):
     root, _ = home
     tiny = [word for word in TINY if not word.startswith(("track", "cluster", "eval"))]

@@ -15,7 +15,7 @@ import pytest
 from tests.support import TINY, job_environment, losses, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SHARED = ("train.precision=fp64", "train.epochs=12", "train.log_every=1", "checkpoint.every_steps=1", "eval.queries=8")
 
 
