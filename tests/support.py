@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ class LocalRun:
         self.directory = Path(config.run.storage) / config.run.name
         self.run_uid = "0" * 32
         self.term = 0
+        self.began_at = time.time()
         self.facts = {"recipe": "test"}
         self.notes: list[str] = []
         self.reports: list[dict[str, float]] = []

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -53,6 +53,8 @@ class Admission:
     refusal: str = ""
     """Why no worker group can help any more; "" = go on."""
     exit_code: int = 0
+    open_s: float = field(default=0.0, compare=False)
+    """For how long the driver has been starting groups: no process has been there for this run for longer."""
 
 
 class Board:
@@ -74,7 +76,7 @@ class Board:
         self._counted = False
         """Whether the failure of the group that runs now is counted; the controller may tell of it more than once."""
         self._running = False
-        self._heard = time.monotonic()
+        self._opened = self._heard = time.monotonic()
 
     def post(self, news: News) -> str:
         """Takes news, answers with the reason of a stop request ("" = go on)."""
@@ -107,9 +109,9 @@ class Board:
         """Called by every worker when it starts."""
         self._counted = False
         self._running, self._heard = True, time.monotonic()
-        if self._step() > self._furthest and not self._verdict.refusal:
-            return Admission()  # since the last failure there was progress: this start has another reason
-        return self._verdict
+        # After progress since the last failure this start has another reason.
+        again = self._step() <= self._furthest or self._verdict.refusal
+        return replace(self._verdict if again else Admission(), open_s=self._heard - self._opened)
 
     def _step(self) -> int:
         return self._progress.step if self._progress else 0

@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import ray.train
 import ray.train.torch
 import torch
@@ -52,9 +53,16 @@ class Assignment:
 
 
 class RayContext:
-    """One Ray Train worker as the engine sees it (`orchestrator.train.context.RunContext`)."""
+    """One Ray Train worker as the engine sees it (`orchestrator.train.context.RunContext`).
 
-    def __init__(self, assignment: Assignment) -> None:
+    Args:
+        assignment: from the driver.
+        open_s: for how many seconds the driver has been starting groups.
+    """
+
+    def __init__(self, assignment: Assignment, open_s: float = 0.0) -> None:
+        # Ray may hand out a process that waited in reserve from before the run.
+        self.began_at = max(time.time() - open_s, psutil.Process().create_time())
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world: int = context.get_world_size()
@@ -127,7 +135,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         return {"refused": admission.refusal, "exit": admission.exit_code}
     _check_node(assignment)
     time.sleep(admission.wait_s)
-    run = RayContext(assignment)
+    run = RayContext(assignment, admission.open_s)
     try:
         return {"outcome": asdict(train(assignment.config, run))}
     except DataGoneError as error:

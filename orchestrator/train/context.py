@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ class RunContext(Protocol):
     """Local directory of the run on this host: journal, figures, exported weights."""
     run_uid: str
     attempt: int
+    began_at: float
+    """Unix time from which this process was there for the run: imports and such come before the engine."""
     term: int
     """Fencing number of the driver that owns the run; 0 when none does."""
     facts: dict[str, str]
@@ -76,6 +79,7 @@ class Silent:
         self.rank, self.world, self.local_world = rank, world, world
         self.device = device or torch.device("cpu")
         self.directory = directory
+        self.began_at = time.time()
         self.folder = Folder(str(directory))
         self.facts: dict[str, str] = {}
 

@@ -399,10 +399,14 @@ class Engine:
         if self._apart:
             self._await_evaluations()
         self._settle(stopping=False)
-        with self.state.averaged() as task:
-            self.records.final(task, self.state.step, self.state.best_step)
-        if words := self._unwritten():
+        with self.goodput.span("checkpoint"):
+            with self.state.averaged() as task:
+                self.records.final(task, self.state.step, self.state.best_step)
+            words = self._unwritten()  # here the other ranks wait for rank 0's last words
+        if words:
             raise JournalError(words)
+        self.watchdog.collective("last seconds of all ranks")
+        self.goodput.end(self.state.step)
         return self._outcome("")
 
     def _unwritten(self) -> str:

@@ -55,7 +55,7 @@ class Goodput:
     def resume(self, saved: Ledger, step: int) -> None:
         """Takes up the ledger of the checkpoint that was loaded, corrected by what the attempt before did after it."""
         trace = self._last_trace() if self._run.rank == 0 else None
-        self.ledger = resumed(saved, step, trace, self._begun_at)
+        self.ledger = resumed(saved, step, trace, self._begun_at, self._begun_at - self._run.began_at, self._run.world)
 
     def _last_trace(self) -> Trace | None:
         try:

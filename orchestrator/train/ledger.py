@@ -6,7 +6,8 @@ all-reduce carries them, and rank 0 holds the rank-seconds of the whole run.
 
 Over a restart, rank 0 leaves its totals beside the checkpoints once per window (`ledger.json`). The next attempt finds
 there what was spent after the checkpoint it resumes from: compute and data wait of those steps were lost work. The time
-from that file to the first action of the new attempt is counted as restart.
+from that file to the new attempt's engine is counted as restart. At the first start and after a stop that is the time
+from the birth of a process to its engine.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CLASSES = ("compute", "data", "checkpoint", "compile", "evaluation", "restart", "lost")
-LABELS = {"data": "data wait", "lost": "lost work"}
+LABELS = {"data": "data wait", "restart": "start and restart", "lost": "lost work"}
 REDONE = ("compute", "data")
 KEY = "ledger.json"
 
@@ -109,7 +110,7 @@ class Ledger:
 
     def fractions(self) -> dict[str, float]:
         """Share of every class, "unaccounted" among them; adds up to 1."""
-        whole = max(self.elapsed, 1e-9)
+        whole = self.elapsed or 1.0
         return {**{name: s / whole for name, s in self.seconds.items()}, "unaccounted": self.unaccounted / whole}
 
     def describe(self) -> str:
@@ -157,27 +158,29 @@ class Trace:
         return Trace(ledger=ledger, **value)
 
 
-def resumed(saved: Ledger, step: int, trace: Trace | None, now: float) -> Ledger:
+def resumed(saved: Ledger, step: int, trace: Trace | None, now: float, late_s: float = 0.0, world: int = 1) -> Ledger:
     """The ledger with which an attempt goes on.
 
     Args:
         saved: the ledger in the checkpoint that is resumed from (an empty one for a start from nothing).
         step: the step of that checkpoint.
         trace: what the attempt before left; None when there was none.
-        now: Unix time at which this attempt began.
+        now: Unix time at which this attempt's engine began.
+        late_s: for how long rank 0's process had been there by then.
+        world: number of ranks now.
     """
-    if trace is None:
-        return saved
-    ledger = Ledger.from_json(trace.ledger.to_json())
-    if trace.step > step:
+    ledger = Ledger.from_json((trace.ledger if trace else saved).to_json())
+    if trace and trace.step > step:
         for name in REDONE:
             redone = max(0.0, ledger.seconds[name] - saved.seconds[name])
             ledger.seconds[name] -= redone
             ledger.seconds["lost"] += redone
         ledger.redone_steps += trace.step - step
-    if not trace.ended:
+    if trace and not trace.ended:
         pause = max(0.0, now - trace.at) * trace.world
-        ledger.seconds["restart"] += pause
-        ledger.elapsed += pause
         ledger.restarts += 1
+    else:
+        pause = max(0.0, late_s) * world
+    ledger.seconds["restart"] += pause
+    ledger.elapsed += pause
     return ledger

@@ -12,6 +12,7 @@ from orchestrator.train.engine import Engine
 from orchestrator.train.ledger import CLASSES, KEY, Ledger, Stopwatch, Trace
 from orchestrator.train.loop import train
 from orchestrator.train.pretraining import Pretraining
+from orchestrator.train.records import RunRecords
 from orchestrator.train.state import TrainState
 from orchestrator.train.step import Step
 from tests.support import LocalRun, tiny_config, write_shards
@@ -53,6 +54,7 @@ def nonzero(ledger):
         (TrainState, "snapshot", "checkpoint"),
         (Pretraining, "evaluate", "evaluation"),
         (TrainState, "restore", "restart"),
+        (RunRecords, "final", "checkpoint"),
     ],
 )
 def test_a_delay_lands_in_its_class(data, tmp_path, monkeypatch, clock, owner, method, expected):
@@ -102,7 +104,17 @@ def test_a_kill_makes_lost_work_and_a_restart(data, tmp_path, monkeypatch, clock
     # The second in which the kill came was never reported: it belongs to the pause.
     assert nonzero(last_trace(run).ledger) == {"compute": 4, "lost": 2, "restart": DELAY + 1}
     assert last_trace(run).ledger.unaccounted == 0
-    assert outcome.goodput.startswith("compute 33.3 %, restart 50.0 %, lost work 16.7 %")
+    assert outcome.goodput.startswith("compute 33.3 %, start and restart 50.0 %, lost work 16.7 %")
+
+
+def test_what_comes_before_the_engine_is_start(data, tmp_path, clock):
+    config = tiny_config(data, tmp_path)
+    run = LocalRun(config)
+    run.began_at = clock.seconds - DELAY
+    outcome = train(config, run)
+    assert nonzero(last_trace(run).ledger) == {"restart": DELAY}
+    assert last_trace(run).ledger.elapsed == DELAY
+    assert outcome.goodput.startswith("start and restart 100.0 %")
 
 
 def test_an_unreadable_ledger_is_said_and_does_not_stop_the_run(data, tmp_path):

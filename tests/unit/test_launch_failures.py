@@ -91,6 +91,7 @@ def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
     assert running
     time.sleep(0.05)
     assert board.group()[1] >= silent + 0.05
+    assert board.admit().open_s >= 0.05, "counted from the board's own birth, also for later groups"
     board.post(News(None))
     assert board.group()[1] < 0.05
     board.failed({0: "x"})

@@ -85,6 +85,25 @@ def test_a_first_start_has_no_past():
     assert resumed(Ledger(), 0, None, 5.0) == Ledger()
 
 
+def test_what_a_process_takes_to_its_engine_is_start():
+    first = resumed(Ledger(), 0, None, 1000.0, late_s=7.0, world=2)
+    assert (first.seconds["restart"], first.elapsed, first.restarts) == (14, 14, 0)
+    stopped = Trace(ledger(compute=10), 8, 900.0, 4, ended=True)
+    again = resumed(ledger(compute=9), 8, stopped, 1000.0, late_s=7.0, world=2)
+    assert (again.seconds["restart"], again.elapsed, again.restarts) == (14, 24, 0)
+
+
+def test_no_second_of_a_start_is_counted_twice():
+    """The new process came up within the pause."""
+    dead = Trace(ledger(compute=10), 8, 990.0, 2)
+    again = resumed(ledger(compute=10), 8, dead, 1000.0, late_s=7.0, world=2)
+    assert (again.seconds["restart"], again.elapsed, again.restarts) == (20, 30, 1)
+
+
+def test_a_clock_that_was_set_back_takes_nothing_away():
+    assert resumed(Ledger(), 0, None, 1000.0, late_s=-3.0, world=2) == Ledger()
+
+
 def test_traces_survive_storage():
     trace = Trace(ledger(compute=10), 8, 1000.0, 2)
     assert Trace.loads(trace.dumps()) == trace
