@@ -81,7 +81,7 @@ def test_every_image_arrives_once_with_its_label(made):
 
 
 @given(st.integers(1, 7), st.integers(1, 40), st.integers(0, 9), st.sampled_from(["drop", "short"]), st.integers(0, 1))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_ranks_together_are_the_global_batch(made, world, global_batch, first, last, memory):
     split = made.split("train")
     cfg = config(made, last_batch=last, **({} if memory else {"memory_mb": 1}))
@@ -345,7 +345,7 @@ def test_decompression_bombs_are_refused_from_the_header(kind, field):
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_crops_lie_inside_and_depend_on_the_sample_alone(height, width, sample):
     view = TrainView(8, scale=(0.05, 1.0))
     alone = view.draws(3, 1, np.array([sample]))[0]

@@ -23,7 +23,7 @@ def orders(draw):
 
 
 @given(orders(), st.integers(5, 100), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_sample_exactly_once_per_epoch(order, global_batch, epoch):
     batches = [order.batch(epoch, k, global_batch) for k in range(order.batches_per_epoch(global_batch))]
     dropped = order.dropped(epoch, global_batch)
@@ -34,7 +34,7 @@ def test_every_sample_exactly_once_per_epoch(order, global_batch, epoch):
 
 
 @given(orders(), st.integers(5, 100), st.lists(st.integers(1, 17), min_size=1, max_size=6), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_kills_and_resizes_change_nothing(order, global_batch, worlds, data):
     """A run that is stopped anywhere and goes on with any number of ranks sees the uninterrupted run's batches."""
     total = order.batches_per_epoch(global_batch)
@@ -56,7 +56,7 @@ def test_kills_and_resizes_change_nothing(order, global_batch, worlds, data):
 
 
 @given(orders(), st.integers(5, 100), st.integers(0, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_slots_is_the_inverse_of_batch(order, global_batch, epoch):
     batch, slot = order.slots(epoch, np.arange(order.samples), global_batch)
     for k in range(order.batches_per_epoch(global_batch)):
@@ -67,7 +67,7 @@ def test_slots_is_the_inverse_of_batch(order, global_batch, epoch):
 
 
 @given(st.integers(1, 10**12), st.integers(0, 2**31 - 1), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_permutation_has_an_inverse_and_stays_inside(size, tweak, data):
     values = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20, unique=True)))
     names = {"seed": 1, "epoch": 2, "name": "x", "tweak_B": tweak}

@@ -24,7 +24,7 @@ def plain_knn(bank, labels, query, k):
     return predictions
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 12), dim=st.integers(2, 9))
 def test_equals_a_plain_loop(seed, k, dim):
     g = torch.Generator().manual_seed(seed)

@@ -57,7 +57,7 @@ def plain_block_mask(key, grid, count):
     return torch.tensor([(y, x) in masked for y in range(height) for x in range(width)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(grid=grids, share=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_block_mask_equals_the_plain_definition(grid, share, seed):
     count = int(share * grid[0] * grid[1])
@@ -71,7 +71,7 @@ def test_compiled_block_mask_has_the_same_bits():
     assert torch.equal(block_mask(keys(64), (14, 14), 75, place), block_mask(keys(64), (14, 14), 75))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(grid=grids, share=st.floats(0, 1), seed=st.integers(0, 2**31))
 def test_both_masks_have_exactly_the_count(grid, share, seed):
     count = round(share * grid[0] * grid[1])

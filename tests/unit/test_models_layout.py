@@ -30,14 +30,14 @@ def cells_of(map_BCHW: torch.Tensor, side: int) -> torch.Tensor:
     return out
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids, side=st.sampled_from([1, 2, 4]), channels=st.integers(1, 3))
 def test_to_map_places_every_cell(grid, side, channels):
     map_BCHW = torch.randn(2, channels, grid[0] * side, grid[1] * side)
     assert torch.equal(to_map(cells_of(map_BCHW, side), grid), map_BCHW)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids, patch=st.sampled_from([4, 8, 16]), channels=st.integers(1, 4))
 def test_patchify_is_the_stem_convolution(grid, patch, channels):
     side = patch // 4
@@ -47,7 +47,7 @@ def test_patchify_is_the_stem_convolution(grid, patch, channels):
     torch.testing.assert_close(to_map(cells, grid), conv(images))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids, side=st.sampled_from([1, 2, 4]))
 def test_cell_conv_is_a_convolution(grid, side):
     conv, map_BCHW = CellConv(3, 5, side), torch.randn(2, 3, grid[0] * side, grid[1] * side)
@@ -55,7 +55,7 @@ def test_cell_conv_is_a_convolution(grid, side):
     torch.testing.assert_close(to_map(conv(joined), grid), F.conv2d(map_BCHW, conv.weight, conv.bias, stride=side))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids, side=st.sampled_from([1, 2]))
 def test_cell_conv_transpose_is_a_transposed_convolution(grid, side):
     conv, map_BCHW = CellConvTranspose(3, 5), torch.randn(2, 3, grid[0] * side, grid[1] * side)
@@ -63,7 +63,7 @@ def test_cell_conv_transpose_is_a_transposed_convolution(grid, side):
     torch.testing.assert_close(to_map(conv(cells_of(map_BCHW, side)), grid), want)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids, side=st.sampled_from([2, 4]))
 def test_row_major_and_cell_order_agree(grid, side):
     map_BCHW = torch.randn(2, 3, grid[0] * side, grid[1] * side)
@@ -79,7 +79,7 @@ def test_merges_and_splits_are_views():
     assert torch.equal(split_cells(merge_cells(x)), x)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(grid=grids)
 def test_bias_is_the_indexed_table(grid):
     table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1), 2)

@@ -29,7 +29,7 @@ sides = st.integers(1, 7)
 grids = st.tuples(sides, sides)
 batches = st.integers(1, 3)
 seeds = st.integers(0, 2**31)
-fast = settings(max_examples=30, deadline=None)
+fast = settings(max_examples=30)
 
 
 def _features(seed: int, batch: int, count: int, width: int = 6) -> torch.Tensor:

@@ -150,7 +150,7 @@ def test_gathering_equals_the_plain_definition_with_gradients(family, migration,
     _compare(family, (8, 8), MIGRATIONS.get(migration), GATHERINGS[gathering])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     grid=st.tuples(st.integers(2, 9), st.integers(2, 9)),
     ratio=st.floats(0.5, 1.0),

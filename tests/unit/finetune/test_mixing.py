@@ -39,7 +39,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs, st.integers(1, 17), st.data())
 def test_any_cut_of_the_batch_gives_the_same_images_and_labels(config, count, data):
     whole = mixed(count, config)
@@ -52,7 +52,7 @@ def test_any_cut_of_the_batch_gives_the_same_images_and_labels(config, count, da
     assert torch.equal(part.targets[own], whole.targets[low:high])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs, st.integers(1, 17), st.integers(0, 1000))
 def test_labels_sum_to_one_and_follow_the_pixels(config, count, seed):
     images, targets = mixed(count, config, seed=seed)

@@ -30,7 +30,7 @@ def seen(ids, seed=3, epoch=1, view=STRONG):
     return out
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(8)), st.integers(1, 8))
 def test_a_sample_looks_the_same_in_any_batch(order, cut):
     whole = seen(range(8))
@@ -63,7 +63,7 @@ def test_every_operator_changes_a_photograph_at_full_strength(index):
     assert torch.equal(rand_augment(image, [which, 0.7, 0.0, 0.0, 0.1], 10.0, 0.0), image)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=ERASE_DRAWS, max_size=ERASE_DRAWS))
 def test_erasing_keeps_to_a_box_of_allowed_area(draws):
     image = torch.zeros((3, 32, 32), dtype=torch.uint8)

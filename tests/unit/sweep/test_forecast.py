@@ -106,7 +106,7 @@ def test_the_end_is_where_nothing_is_left_to_gain():
     assert design(16)[0].tolist() == [1, 1, 1]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(0, 10_000))
 def test_what_is_sure_is_worth_the_hypervolume_that_it_adds(goals, seed):
     rng = np.random.default_rng(seed)

@@ -68,7 +68,7 @@ def test_ranks_peel_fronts_off(points):
     assert not left
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(clouds(most=7, high=5), st.integers(0, 2))
 def test_hypervolume_counts_the_dominated_cells(points, reference):
     corner = np.full(points.shape[1], float(reference))

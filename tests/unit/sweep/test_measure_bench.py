@@ -149,7 +149,7 @@ def test_trials_share_no_device():
         place([{"memory": 1.0}], auto)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 96), min_size=1, max_size=5), st.integers(1, 8), st.sampled_from([0.5, 1.0, 2.0, 4.0]),
     st.booleans(),

@@ -1,7 +1,7 @@
 import math
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -18,7 +18,6 @@ def test_nothing_stops_before_eight_have_finished(finished):
     assert not should_stop(np.array([-1e9, -1e9]), 0, list(finished))
 
 
-@settings(deadline=None)
 @given(st.integers(MIN_FINISHED, 30).flatmap(curves), st.integers(0, 2), st.integers(0, 20), st.integers(0, 20))
 def test_a_trial_stops_exactly_when_two_finished_ones_dominate_its_bound(finished, rung, x, y):
     value = np.array([float(x), float(y)])
