@@ -139,10 +139,12 @@ class CachedStore:
     def __init__(self, store: Store, cache: DiskCache | None) -> None:
         self._store, self._cache = store, cache
 
-    def read(self, name: str, *, content: str) -> bytes:
-        """The whole object; `content` is a checksum that names its bytes."""
+    def read(self, name: str, *, content: str, fresh: bool = False) -> bytes:
+        """The whole object; `content` is a checksum that names its bytes, `fresh` as in `read_range`."""
         key = f"{content}/whole"
-        data = self._cache.get(key) if self._cache else None
+        if self._cache and fresh:
+            self._cache.drop(key)
+        data = self._cache.get(key) if self._cache and not fresh else None
         if data is None:
             data = self._store.read(name)
             if self._cache:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import google_crc32c
@@ -18,6 +19,7 @@ from orchestrator.data.config import DataConfig
 from orchestrator.data.decode import IMAGE_FIELDS, LABEL_FIELDS
 from orchestrator.data.errors import (
     ChangedError,
+    DataError,
     DataGoneError,
     IntegrityError,
     NotFoundError,
@@ -130,7 +132,7 @@ class SampleReader:
             shard = self._split.shards[shard_number]
             try:
                 index = self._index(shard_number)
-            except (IntegrityError, NotFoundError) as error:
+            except (IntegrityError, ShortReadError, ChangedError, NotFoundError) as error:
                 result |= {i: Damage(i, shard.name, 0, f"its index cannot be used: {error}") for i in ids}
                 continue
             for group in _groups(index, numbers):
@@ -144,11 +146,7 @@ class SampleReader:
                 return self._indexes[shard_number]
         shard = self._split.shards[shard_number]
         where = f"{self._split.index_uri}/{shard.index}"
-        content = f"{shard.index_crc32c:08x}-{shard.sha256}"
-        data = self._patiently(lambda: self._index_store.read(shard.index, content=content))
-        if google_crc32c.value(data) != shard.index_crc32c:
-            raise IntegrityError(f"{where} is not the index the manifest was written with; run jobs/index_shards.py")
-        index = ShardIndex.from_bytes(data, where)
+        index = ShardIndex.from_bytes(self._index_bytes(shard, where), where)
         if (index.samples, index.nbytes, index.sha256) != (shard.samples, shard.bytes, shard.sha256):
             raise IntegrityError(f"{where} describes another shard than {shard.name}; run jobs/index_shards.py")
         with self._lock:
@@ -156,6 +154,26 @@ class SampleReader:
             if len(self._indexes) > _INDEXES:
                 self._indexes.pop(next(iter(self._indexes)))
         return index
+
+    def _index_bytes(self, shard: Shard, where: str) -> bytes:
+        """The stored index; bytes that came wrong, or lie wrong in the cache, are asked for again."""
+        content = f"{shard.index_crc32c:08x}-{shard.sha256}"
+        wrong = IntegrityError(f"{where} is not the index the manifest was written with; run jobs/index_shards.py")
+        error: DataError = wrong
+        for attempt in range(_ATTEMPTS):
+            with self._lock:
+                self.counters.retries += attempt > 0
+            try:
+                data = self._patiently(partial(self._read_index, shard.index, content, attempt > 0))
+                if google_crc32c.value(data) == shard.index_crc32c:
+                    return data
+                error = wrong
+            except (ShortReadError, ChangedError, NotFoundError) as missing:
+                error = missing
+        raise error
+
+    def _read_index(self, name: str, content: str, fresh: bool) -> bytes:
+        return self._index_store.read(name, content=content, fresh=fresh)  # the client may have been renewed
 
     def _read_group(self, shard: Shard, index: ShardIndex, group: list[tuple[int, int]]) -> dict[int, Encoded | Damage]:
         """One request for neighbouring samples; those that came wrong are asked for again one by one."""

@@ -16,7 +16,7 @@ from itpn_core.finetuning.task import ClassifyTask
 from orchestrator.config.tree import FinetuneConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.views import EvalView
-from orchestrator.evaluate.features import collect
+from orchestrator.evaluate.features import DAMAGED, Collected, collect, note_damaged, right_or_not
 from orchestrator.track.confusion import confusion_figure
 from orchestrator.train.context import RunContext
 from orchestrator.train.precision import autocast_dtype
@@ -67,19 +67,21 @@ class ClassifierEvaluator:
         Returns:
             Metrics by name; the same on every rank.
         """
-        ranked_NK, labels_N = self._predict(task)
+        found = self._predict(task)
+        ranked_NK, labels_N = found.features.long(), found.labels
         right_NK = ranked_NK == labels_N[:, None]
         when = " before training" if step == 0 else ""
-        known[f"top-1{when}"] = torch.nonzero(right_NK[:, 0]).flatten().tolist()
+        note_damaged(known, found)
+        known[f"top-1{when}"] = found.places[right_NK[:, 0]].tolist()
         if step:
-            known["top-5"] = torch.nonzero(right_NK.any(dim=1)).flatten().tolist()
+            known["top-5"] = found.places[right_NK.any(dim=1)].tolist()
         classes = len(self._train.classes)
         pairs_N = labels_N * classes + ranked_NK[:, 0]
         self._confusion_YY = torch.bincount(pairs_N, minlength=classes * classes).view(classes, classes)
         return {"eval/top1": accuracy(right_NK[:, 0]).value, "eval/top5": accuracy(right_NK.any(dim=1)).value}
 
-    def _predict(self, task: ClassifyTask) -> tuple[Tensor, Tensor]:
-        """The best classes of every image, best first, and its label."""
+    def _predict(self, task: ClassifyTask) -> Collected:
+        """The best classes of every image, best first, as its features."""
         config, run = self._config, self._run
         dtype = autocast_dtype(config.train.precision, run.device)
         best = min(TOP, task.classes)
@@ -94,12 +96,9 @@ class ClassifierEvaluator:
         view = EvalView(config.data.image_size, config.eval.crop, config.eval.images)
         task.eval()
         try:
-            ranked_NK, labels_N = collect(
-                extract, config.data, self._val, view, config.eval.batch, run.rank, run.world, run.device
-            )
+            return collect(extract, config.data, self._val, view, config.eval.batch, run.rank, run.world, run.device)
         finally:
             task.train()
-        return ranked_NK.long(), labels_N
 
     def files(self, step: int, directory: Path) -> list[Path]:
         """Confusion picture and per-class tables (CSV and Markdown) of the last evaluation."""
@@ -118,14 +117,12 @@ class ClassifierEvaluator:
     def summary(self, known: dict[str, list[int]]) -> dict[str, Any]:
         """Accuracies with standard errors and the protocol in words."""
         count = min(self._config.eval.images or self._val.samples, self._val.samples)
-        scores = {}
-        for name, indices in known.items():
-            right_N = torch.zeros(count, dtype=torch.bool)
-            right_N[torch.tensor(indices, dtype=torch.int64)] = True
-            found = accuracy(right_N)
-            scores[name] = (found.value, found.standard_error)
+        found = {name: accuracy(right_N) for name, right_N in right_or_not(known, count).items()}
+        scores = {name: (estimate.value, estimate.standard_error) for name, estimate in found.items()}
+        damaged = len(known.get(DAMAGED, []))
         protocol = (
-            f"{count} val images, {len(self._train.classes)} classes, {self._config.data.image_size} px,"
+            f"{count - damaged} val images{f' ({damaged} damaged)' if damaged else ''},"
+            f" {len(self._train.classes)} classes, {self._config.data.image_size} px,"
             f" centre crop {self._config.eval.crop:g}"
         )
         return {"scores": scores, "differences": [], "protocol": protocol}

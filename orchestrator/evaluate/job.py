@@ -142,9 +142,8 @@ def _scores(
 
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
     read = partial(_read, config, subject, extract)
-    (bank, bank_labels), (queries, query_labels) = (
-        read(train, config.eval.bank), read(val, config.eval.queries)
-    )  # fmt: skip
+    bank, bank_labels = read(train, config.eval.bank)
+    queries, query_labels = read(val, config.eval.queries)
     width, device = bank.shape[1] // len(settings), subject.device
     found = {}
     for index, name in enumerate(settings):  # the unreduced model comes first
@@ -161,7 +160,10 @@ def _scores(
 
 def _read(config: EvaluateConfig, subject: Subject, extract: Any, split: Split, count: int) -> tuple[Tensor, Tensor]:
     view = EvalView(subject.size, config.eval.crop, count)
-    return collect(extract, config.data, split, view, config.eval.batch, 0, 1, subject.device)
+    found = collect(extract, config.data, split, view, config.eval.batch, 0, 1, subject.device)
+    if found.damaged:
+        print(f"warning: {len(found.damaged)} damaged images of the split {split.name!r} are left out")
+    return found.features, found.labels
 
 
 def _costs(

@@ -31,7 +31,7 @@ from orchestrator.config.tree import PretrainConfig
 from orchestrator.data.config import DataConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.views import EvalView
-from orchestrator.evaluate.features import Extract, collect
+from orchestrator.evaluate.features import DAMAGED, Collected, Extract, collect, note_damaged, right_or_not
 from orchestrator.evaluate.neighbours import Measured
 from orchestrator.train.context import RunContext
 from orchestrator.train.precision import autocast_dtype
@@ -75,13 +75,17 @@ class Evaluator:
     def _student(self, task: PretrainTask, name: str, known: dict[str, list[int]]) -> dict[str, float]:
         widths: dict[str, int] = {}
         extract = self._in_precision(task.features if not self._config.eval.stages else _side_by_side(task, widths))
-        bank_ND, bank_N, query_MD, query_M = self._features(extract, self._config.data)
+        bank, query = self._features(extract, self._config.data)
+        bank_ND, bank_N, query_MD, query_M = *bank[:2], *query[:2]
+        note_damaged(known, query)
         banks, queries = _apart(bank_ND, widths), _apart(query_MD, widths)
         stages = {stage: (banks[stage], bank_N, queries[stage], query_M) for stage in banks}
         features = stages.pop("")
-        self.measured = None if self._run.rank else Measured(*features)
+        self.measured = None if self._run.rank else Measured(*features, bank.places, query.places)
+        correct_M = self._correct(*features)
+        known[name] = query.places[correct_M].tolist()
         found = {
-            "eval/knn_top1": self._score(name, *features, known),
+            "eval/knn_top1": accuracy(correct_M).value,
             "eval/rankme": rankme(features[0][:_RANKED]),
             "eval/feature_std": float(feature_std(features[0])),
         }
@@ -90,7 +94,8 @@ class Evaluator:
         some_Q = _spread(len(query_M), self._config.eval.stage_images)
         for stage, measured in stages.items():
             bank_NF, _, query_MF, _ = measured
-            found[f"eval/{stage}/knn_top1"] = self._score(stage, bank_NF, bank_N, query_MF[some_Q], query_M[some_Q], {})
+            correct_Q = self._correct(bank_NF, bank_N, query_MF[some_Q], query_M[some_Q])
+            found[f"eval/{stage}/knn_top1"] = accuracy(correct_Q).value
             found[f"eval/{stage}/rankme"] = rankme(bank_NF[:_RANKED])
             found |= self._probe(f"eval/{stage}/", *measured)
         return found
@@ -108,19 +113,18 @@ class Evaluator:
     def _baselines(self, task: PretrainTask, known: dict[str, list[int]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
         raw = replace(self._config.data, image_size=self._config.eval.raw_size)
-        best: tuple[float, dict[str, list[int]]] | None = None
-        for centred in (False, True):
-            answers: dict[str, list[int]] = {}
-            top1 = self._score("raw pixels", *self._features(_raw(centred), raw), answers)
-            if best is None or top1 > best[0]:
-                best = top1, answers
-        assert best is not None  # noqa: S101 -- the loop ran
-        known |= best[1]
-        metrics["eval/knn_top1_raw_pixels"] = best[0]
+        found = [self._baseline(_raw(centred), raw) for centred in (False, True)]
+        metrics["eval/knn_top1_raw_pixels"], known["raw pixels"] = max(found, key=lambda pair: pair[0])
         if task.teacher is not None:
-            features = self._features(self._in_precision(task.teacher_features), self._config.data)
-            metrics["eval/knn_top1_teacher"] = self._score("teacher", *features, known)
+            teacher = self._baseline(self._in_precision(task.teacher_features), self._config.data)
+            metrics["eval/knn_top1_teacher"], known["teacher"] = teacher
         return metrics
+
+    def _baseline(self, extract: Extract, data: DataConfig) -> tuple[float, list[int]]:
+        """Accuracy, and the places of the queries that were right."""
+        bank, query = self._features(extract, data)
+        correct_M = self._correct(*bank[:2], *query[:2])
+        return accuracy(correct_M).value, query.places[correct_M].tolist()
 
     def _in_precision(self, extract: Extract) -> Extract:
         dtype = autocast_dtype(self._config.train.precision, self._run.device)
@@ -134,29 +138,28 @@ class Evaluator:
 
         return run
 
-    def _features(self, extract: Extract, data: DataConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _features(self, extract: Extract, data: DataConfig) -> tuple[Collected, Collected]:
+        """Of bank and queries."""
         config, run = self._config.eval, self._run
         bank = EvalView(data.image_size, config.crop, config.bank)
         query = EvalView(data.image_size, config.crop, config.queries)
         place = (config.batch, run.rank, run.world, run.device)
-        return (*collect(extract, data, self._train, bank, *place), *collect(extract, data, self._val, query, *place))
+        return collect(extract, data, self._train, bank, *place), collect(extract, data, self._val, query, *place)
 
-    def _score(
-        self, name: str, bank_ND: Tensor, bank_N: Tensor, query_MD: Tensor, query_M: Tensor, known: dict[str, list[int]]
-    ) -> float:
+    def _correct(self, bank_ND: Tensor, bank_N: Tensor, query_MD: Tensor, query_M: Tensor) -> Tensor:
+        """Which queries k-NN answers rightly: bool [M]."""
         device = self._run.device
         predicted = knn_classify(
             bank_ND.to(device), bank_N.to(device), query_MD.to(device), k=self._config.eval.k,
             classes=len(self._train.classes),
         )  # fmt: skip
-        correct_M = predicted.cpu() == query_M
-        known[name] = torch.nonzero(correct_M).flatten().tolist()
-        return accuracy(correct_M).value
+        return predicted.cpu() == query_M
 
     def summary(self, known: dict[str, list[int]]) -> dict[str, Any]:
         """Accuracies with standard errors, paired differences of the trained student, and the protocol in words."""
         queries = self._config.eval.queries or self._val.samples
-        correct = {name: _flags(indices, queries) for name, indices in known.items()}
+        correct = right_or_not(known, queries)
+        damaged = len(known.get(DAMAGED, []))
         knn = {f"k-NN {name}": (accuracy(c).value, accuracy(c).standard_error) for name, c in correct.items()}
         differences = []
         for other in ("untrained", "raw pixels", "teacher"):
@@ -168,7 +171,8 @@ class Evaluator:
                 )
         protocol = (
             f"cosine k-NN, k={self._config.eval.k}, similarity-weighted vote,"
-            f" bank {self._config.eval.bank} of {self._train.samples} train images, {queries} val queries"
+            f" bank {self._config.eval.bank} of {self._train.samples} train images,"
+            f" {queries - damaged} val queries{f' ({damaged} damaged)' if damaged else ''}"
         )
         return {"scores": knn, "differences": differences, "protocol": protocol}
 
@@ -202,9 +206,3 @@ def _raw(centred: bool) -> Extract:
         return raw_pixel_features(images_u8_B3HW.float().mean(dim=1, keepdim=True), centred)
 
     return extract
-
-
-def _flags(indices: list[int], count: int) -> Tensor:
-    flags_M = torch.zeros(count, dtype=torch.bool)
-    flags_M[torch.tensor(indices, dtype=torch.int64)] = True
-    return flags_M

@@ -21,12 +21,14 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Measured:
-    """Features of one evaluation: bank [N, D] and queries [M, D] with their labels, in their views' order."""
+    """Features of one evaluation: bank [N, D] and queries [M, D] with their labels and places in their views."""
 
     bank: Tensor
     bank_labels: Tensor
     queries: Tensor
     query_labels: Tensor
+    bank_places: Tensor
+    query_places: Tensor
 
     def nearest(self, rows_Q: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Cosine similarities [Q, K] and bank rows [Q, K] of the nearest neighbours of some queries."""
@@ -53,8 +55,8 @@ def draw_neighbours(config: PretrainConfig, manifest: Manifest, measured: Measur
     train, val = manifest.split(data.train_split), manifest.split(data.val_split)
     bank_view = EvalView(data.image_size, evaluation.crop, evaluation.bank)
     query_view = EvalView(data.image_size, evaluation.crop, evaluation.queries)
-    queries = read_images(data, val, query_view, rows_Q.numpy())
-    found = read_images(data, train, bank_view, found_QK.flatten().numpy())
+    queries = read_images(data, val, query_view, measured.query_places[rows_Q].numpy())
+    found = read_images(data, train, bank_view, measured.bank_places[found_QK].flatten().numpy())
     correct = measured.bank_labels[found_QK] == measured.query_labels[rows_Q, None]
     found_QK3SS = found.view(*found_QK.shape, *found.shape[1:])
     neighbour_figure(path, queries.float() / 255, found_QK3SS.float() / 255, similar_QK, correct, step=step)

@@ -77,8 +77,8 @@ class Bench:
         size, batch = self.config.data.image_size, self.config.eval.batch
         cpu = torch.device("cpu")
         view = EvalView(size, self.config.eval.crop, count)
-        flat, labels = collect(pixels, self.config.data, split, view, batch, 0, 1, cpu)
-        return Images(flat.to(torch.uint8).view(-1, 3, size, size), labels)
+        found = collect(pixels, self.config.data, split, view, batch, 0, 1, cpu)
+        return Images(found.features.to(torch.uint8).view(-1, 3, size, size), found.labels)
 
     def features(self, images: Images, setting: Reduction) -> Tensor:
         """float32 [N, E] on the device under a setting."""

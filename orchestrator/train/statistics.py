@@ -40,5 +40,5 @@ def _images(config: PretrainConfig, split: Split, device: torch.device) -> Itera
         view=view,
     ) as batches:
         for batch in batches:
-            images = batch.images.to(device).float() / 255
+            images = batch.images[batch.valid].to(device).float() / 255
             yield images.double() if config.train.precision == "fp64" else images

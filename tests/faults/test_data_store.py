@@ -233,12 +233,33 @@ def test_cache_serves_repeats_and_survives_damage(root, tmp_path):
         assert load(server, cache=cache)[0] == clean
         assert len([r for r in server.requests if r[1].endswith((".tar", ".idx"))]) == before
         for path in (tmp_path / "cache/entries").glob("*/*"):
-            if path.stat().st_size > 5000:
-                path.write_bytes(bytes(path.stat().st_size))  # a disk that returns zeros
+            path.write_bytes(bytes(path.stat().st_size))  # a disk that returns zeros, for indexes too
         digest, valid, counters = load(server, cache=cache)
     assert digest == clean
     assert valid.all()
     assert counters.retries > 0
+    assert counters.damaged == []
+
+
+@pytest.mark.parametrize("kind", ["zeros", "404"])
+def test_one_bad_read_of_an_index_damages_nothing(root, tmp_path, kind):
+    """Also with a cache, which must not keep the bad bytes."""
+    with FaultServer(root) as server:
+        clean, _, _ = load(server)
+        cache = CacheConfig(folder=str(tmp_path / "cache"), gigabytes=0.1)
+        server.fault = Fault(kind, 1, match=".idx")
+        for changes in ({"cache": cache}, {"cache": cache}, {}):
+            digest, valid, counters = load(server, **changes)
+            assert digest == clean
+            assert valid.all()
+            assert counters.damaged == []
+
+
+def test_an_index_that_stays_wrong_is_named(root):
+    with FaultServer(root) as server:
+        server.fault = Fault("zeros", 100_000, match="train-000001")
+        with pytest.raises(QuarantineError, match=r"its index cannot be used: .* is not the index"):
+            load(server)
 
 
 def test_cache_is_least_recently_used_and_bounded(tmp_path):

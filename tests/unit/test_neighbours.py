@@ -34,7 +34,7 @@ def test_nearest_are_the_most_similar_and_the_picture_is_drawn(data, tmp_path):
     config = tiny_config(data, tmp_path, "eval.figure_images=3")
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(16, 5, generator=generator), torch.randn(24, 5, generator=generator)
-    measured = Measured(bank, torch.arange(16) % 4, queries, torch.arange(24) % 4)
+    measured = Measured(bank, torch.arange(16) % 4, queries, torch.arange(24) % 4, torch.arange(16), torch.arange(24))
     similar, found = measured.nearest(torch.tensor([2, 9]), 4)
     for row, query in enumerate((2, 9)):
         all_similar = torch.cosine_similarity(bank, queries[query][None])
