@@ -25,7 +25,9 @@ class SizeCache:
     """Results that depend on one parameter and a grid, kept while neither changes.
 
     Nothing is kept when a gradient must reach the parameter, or while a graph is being compiled or exported (there the
-    computation becomes part of the graph).
+    computation becomes part of the graph). A forward pass whose gradient may change the parameter also ends what was
+    kept: fused optimizers write without raising its version. Loops whose forward pass is compiled raise it themselves
+    (`torch.autograd.graph.increment_version`).
     """
 
     def __init__(self) -> None:
@@ -33,8 +35,10 @@ class SizeCache:
 
     def get(self, parameter: Tensor, grid: Grid, compute: Callable[[], Tensor]) -> Tensor:
         """The kept tensor for this state of the parameter and this grid, or a new one."""
-        trainable = parameter.requires_grad and torch.is_grad_enabled()
-        if trainable or torch.compiler.is_compiling() or parameter.is_inference():
+        if torch.compiler.is_compiling() or parameter.is_inference():
+            return compute()
+        if parameter.requires_grad and torch.is_grad_enabled():
+            self._kept.clear()
             return compute()
         # a tensor made in inference mode cannot serve autograd later
         key = grid, torch.is_inference_mode_enabled()

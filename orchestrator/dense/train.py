@@ -78,6 +78,7 @@ def train(task: DenseTask, config: DenseTrainConfig, say: Say, record: Record) -
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_grad_norm or math.inf)
         _check_finite(step, losses, norm, config)
         optimizer.step()
+        torch.autograd.graph.increment_version(parameters)  # a fused optimizer does not, and caches go by it
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             values = {"loss": total.item(), **{name: value.item() for name, value in losses.items()}}

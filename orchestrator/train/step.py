@@ -148,6 +148,8 @@ class Step:
         optimizer.found_inf = refused  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
+        # The fused kernel writes without raising versions, by which models tell that what they cached is out of date.
+        torch.autograd.graph.increment_version(self._parameters)
         parallel.drop_gradients()
         self.state.step += 1
         self.state.average.update(self.state.step)
