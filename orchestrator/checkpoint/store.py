@@ -13,8 +13,8 @@ Where ranks hold parts of the model, each writes its own `...-tensors-00001-of-0
 (`orchestrator.checkpoint.pieces`), and rank 0 commits once all have told it the sizes and checksums of theirs. Either
 kind can be read whole, or in any other parts.
 
-A checkpoint without its marker, or whose bytes differ from the marker, is passed over with a logged line and the one
-before it is used.
+A checkpoint whose bytes differ from its marker, or a newer one without a marker, is passed over with a line to the user
+and the one before it is used.
 """
 
 from __future__ import annotations
@@ -177,18 +177,23 @@ class CheckpointStore:
             pending.result()
         return True
 
-    def close(self) -> None:
-        """Waits for the last save and ends the background thread."""
+    def close(self, timeout: float | None = None) -> None:
+        """Waits for the last save, at most `timeout` seconds, and ends the background thread."""
+        ended = False
         try:
-            self.wait()
+            ended = self.wait(timeout)
         finally:
-            self._pool.shutdown()
+            self._pool.shutdown(wait=ended, cancel_futures=True)
             self.writer.close()
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first (their bytes are not yet verified)."""
+        return [step for step in self._begun() if self._folder.exists(f"checkpoints/{_name(step)}/{MARKER}")]
+
+    def _begun(self) -> list[int]:
+        """Steps of which anything was saved, committed or not, oldest first."""
         names = [n for n in self._folder.names("checkpoints") if n.startswith("step-")]
-        return [int(n.removeprefix("step-")) for n in names if self._folder.exists(f"checkpoints/{n}/{MARKER}")]
+        return [int(n.removeprefix("step-")) for n in names]
 
     def load_newest(self, wanted: Mapping[str, Piece] | None = None) -> Snapshot | None:
         """The newest checkpoint whose bytes are whole, or None when there is none; `wanted` as for `load`.
@@ -196,16 +201,22 @@ class CheckpointStore:
         Raises:
             MisfitError: it belongs to another model.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in self._begun():
+            if step > max(steps, default=-1):
+                self._pass_over(f"the checkpoint of step {step} was never committed (its save was cut short)")
+        for step in reversed(steps):
             try:
                 return self.load(step, wanted)
             except MisfitError:
                 raise
             except CheckpointError as error:
-                line = f"the checkpoint of step {step} is damaged and is passed over: {error}"
-                log.warning(line)
-                self.passed_over.append(line)
+                self._pass_over(f"the checkpoint of step {step} is damaged and is passed over: {error}")
         return None
+
+    def _pass_over(self, line: str) -> None:
+        log.warning(line)
+        self.passed_over.append(line)
 
     def load(self, step: int, wanted: Mapping[str, Piece] | None = None) -> Snapshot:
         """Loads one checkpoint after comparing its bytes with its marker.
@@ -349,6 +360,10 @@ class CheckpointStore:
         if not self._stamp:
             return  # led elsewhere, or failed before it had a name
         where = f"checkpoints/{_name(step)}"
+        with contextlib.suppress(StorageError, FileNotFoundError, ValueError, KeyError):
+            # Its answer got lost, and without its files it would stand for a checkpoint.
+            if _marker(self._folder.get(f"{where}/{MARKER}")).get("stamp") == self._stamp:
+                self._folder.delete([f"{where}/{MARKER}"])
         with contextlib.suppress(StorageError):
             names = self._folder.names(where)
             self._folder.delete(f"{where}/{name}" for name in names if name.startswith(self._stamp))

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -30,9 +31,10 @@ from orchestrator.train.monitor import Monitor
 from orchestrator.train.optimizer import make_schedule
 from orchestrator.train.outcome import Outcome
 from orchestrator.train.parallel import open_mesh
+from orchestrator.train.precision import agreed_precision
 from orchestrator.train.profile import ProfileConfig, Profiler
 from orchestrator.train.records import RunRecords
-from orchestrator.train.saving import Saver, changed_since, fingerprints, follow_leader, load_agreed
+from orchestrator.train.saving import PRECISION, Saver, changed_since, fingerprints, follow_leader, load_agreed
 from orchestrator.train.step import Step
 from orchestrator.train.watchdog import Watchdog
 from orchestrator.train.window import Window
@@ -59,7 +61,10 @@ class Engine:
         self.order = training_order(config, self.train_split.samples)
         self.steps_per_epoch = self.order.batches_per_epoch(config.train.global_batch)
         self.total = config.train.max_steps or config.train.epochs * self.steps_per_epoch
-        self.kind = open_kind(config, run, manifest)
+        self.precision = agreed_precision(config.train.precision, run.device, run.world)
+        """The format that this group computes in."""
+        computing = replace(config, train=replace(config.train, precision=self.precision))
+        self.kind = open_kind(computing, run, manifest)
         self.state = build_state(config, self.kind, run.device, run.world, open_mesh(config.train, run))
         self.schedule = make_schedule(
             config.train.optimizer, config.train.global_batch, self.total, self.steps_per_epoch
@@ -72,7 +77,7 @@ class Engine:
         )  # fmt: skip
         self._all_save = self.state.parallel.together is not None
         agree = follow_leader if self._all_save else int
-        self.saver = Saver(config.checkpoint, self.checkpoints, config.train.log_every, run.note, agree=agree)
+        self.saver = Saver(config.checkpoint, self.checkpoints, run.note, agree=agree)
         self.records = RunRecords(config, run, manifest, self.kind)
         self.monitor = Monitor(
             config, run, self.state, self.kind, self.records, self.total, self.steps_per_epoch, self.schedule,
@@ -90,12 +95,13 @@ class Engine:
         self._exit.callback(self.watchdog.close)
         self.goodput.start()
         self._exit.callback(self.goodput.close)
-        self._exit.callback(self.checkpoints.close)
+        self._exit.callback(self.checkpoints.close, self.config.checkpoint.stop_deadline_s)
         self._exit.callback(self.profiler.close)
         self._exit.callback(self.records.close)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.watchdog.end()  # also after an error, what is on its way to storage may take longer than a step
         self._exit.close()
 
     # -- start ------------------------------------------------------------------------------------------------------
@@ -109,7 +115,7 @@ class Engine:
             self.state.restore(snapshot)
             self.checkpoints.best = self.state.best_step
             self.run.note(f"resumed from the checkpoint of step {self.state.step} of {self.total}")
-            for line in changed_since(snapshot, self.checkpoints.made_by):
+            for line in changed_since(snapshot, self.checkpoints.made_by, self.precision):
                 self.run.note(f"warning: {line}")
         else:
             self.state.parallel.start(self.kind.start)
@@ -117,7 +123,12 @@ class Engine:
         self.goodput.resume(self.state.ledger, self.state.step)
         self.state.parallel.begin()
         self.step_fn = Step(
-            self.state, self.config.train, self.config.data, self.schedule, self.run.device, self.run.world
+            self.state,
+            replace(self.config.train, precision=self.precision),
+            self.config.data,
+            self.schedule,
+            self.run.device,
+            self.run.world,
         )
         with self.state.parallel.whole() as task:
             if self.run.rank == 0:
@@ -177,10 +188,9 @@ class Engine:
         return self._loader
 
     def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        """Hands the batches on; counts the time without one as data wait, and that until the next is asked as compute.
+        """Hands the batches on; counts the time without one as data wait.
 
-        What the loop does in between and is something else (saving, evaluation) has spans of its own in there. A step
-        and the reading of a window have theirs too: the watchdog takes every span for a sign of life.
+        What the loop does in between has spans of its own: steps, windows, saves, evaluations.
         """
         while True:
             asked = time.perf_counter()
@@ -189,8 +199,7 @@ class Engine:
             self.monitor.waited(time.perf_counter() - asked)
             if batch is None:
                 return
-            with self.goodput.span("compute"):
-                yield batch
+            yield batch
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +281,7 @@ class Engine:
 
     def _take(self) -> tuple[Snapshot, Callable[[], None]]:
         self.state.ledger = self.goodput.ledger
-        facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch}
+        facts: dict[str, Any] = {"steps_per_epoch": self.steps_per_epoch, PRECISION: self.precision}
         if self._apart and self.beside:
             due = self.evaluation_due() and not self.finished()
             facts |= self.beside.facts(self.state.step, due=due)
@@ -350,7 +359,8 @@ class Engine:
                 self.checkpoints.wait()  # the last one that is to be measured may still be on its way
                 self.beside.look()
             while agree(self.beside.open if self.beside else 0):
-                time.sleep(0.5)
+                with self.goodput.span("evaluation"):  # a sign of life for the watchdog
+                    time.sleep(0.5)
                 if self.beside:
                     self.beside.look()
                     if time.monotonic() - began > wait_s:
@@ -406,7 +416,7 @@ class Engine:
         if words:
             raise JournalError(words)
         self.watchdog.collective("last seconds of all ranks")
-        self.goodput.end(self.state.step)
+        self.goodput.end(self.state.step, ended=True)
         return self._outcome("")
 
     def _unwritten(self) -> str:

@@ -90,12 +90,12 @@ class Goodput:
         except StorageError:
             return False  # checkpoints report the trouble with storage
 
-    def end(self, step: int) -> None:
-        """Adds what no window carried; the last collective call of a rank."""
+    def end(self, step: int, *, ended: bool = False) -> None:
+        """Adds what no window carried, on all ranks; `ended` as in `Trace`. Collective."""
         sums = torch.tensor(self.sums(), dtype=torch.float64, device=self._run.device)
         if self._run.world > 1:
             dist.all_reduce(sums)
-        self.take(sums.tolist(), step, ended=True)
+        self.take(sums.tolist(), step, ended=ended)
 
     def metrics(self) -> dict[str, float]:
         """Shares of the rank-seconds so far, by class."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 GROWTH_INTERVAL = 2000
@@ -24,6 +25,17 @@ def _has_bf16(device: torch.device) -> bool:
     # Elsewhere bf16 would be emulated, which is slower than fp32.
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def agreed_precision(precision: str, device: torch.device, world: int) -> str:
+    """What "auto" comes to for a group: bf16 where every rank's device computes it, else fp32. Collective."""
+    if precision != "auto":
+        return precision
+    mine = "bf16" if _has_bf16(device) else "fp32"
+    found = [mine] * world
+    if world > 1:
+        dist.all_gather_object(found, mine)
+    return mine if set(found) == {mine} else "fp32"
 
 
 class LossScale:

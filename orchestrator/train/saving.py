@@ -10,10 +10,12 @@ import torch.distributed as dist
 from itpn_core.errors import UserError
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.checkpoint.pieces import Piece
-from orchestrator.checkpoint.store import CheckpointStore, Snapshot
+from orchestrator.checkpoint.runlog import FencedError
+from orchestrator.checkpoint.store import CheckpointError, CheckpointStore, Snapshot
 from orchestrator.config.identity import fingerprint, result_fields
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import StorageGoneError
+from orchestrator.data.folder import StorageError
 from orchestrator.data.manifest import Manifest
 from orchestrator.train.context import RunContext
 
@@ -27,22 +29,45 @@ def load_agreed(store: CheckpointStore, run: RunContext, wanted: Mapping[str, Pi
     Each rank judging for itself could start from another step when a read fails in one place only. Before rank 0 looks,
     the groups before this one lose the right to commit: none of them can add a newer checkpoint afterwards.
 
+    What goes wrong on one rank is raised on all of them: the others would wait for it in a collective call.
+
     Raises:
-        CheckpointError: another rank cannot read what rank 0 could.
+        CheckpointError: a rank cannot read what rank 0 could, or it belongs to another model.
         FencedError: the driver that started this group does not own the run any more.
+        StorageError: storage does not answer.
     """
-    if run.rank == 0:
-        store.writer.begin()
-    snapshot = store.load_newest(wanted) if run.rank == 0 else None
+    snapshot = _together(run, lambda: _newest(store, run, wanted) if run.rank == 0 else None)
+    if run.world == 1:
+        return snapshot
+    chosen = follow_leader(snapshot.step if snapshot else -1)
+    return _together(run, lambda: snapshot if run.rank == 0 or chosen < 0 else store.load(chosen, wanted))
+
+
+def _newest(store: CheckpointStore, run: RunContext, wanted: Mapping[str, Piece]) -> Snapshot | None:
+    store.writer.begin()
+    snapshot = store.load_newest(wanted)
     for line in store.passed_over:
         run.note(f"warning: {line}")
     if snapshot is not None:
         store.last_requested = store.last_committed = snapshot.step
-    if run.world == 1:
-        return snapshot
-    chosen = [snapshot.step if snapshot else -1]
-    dist.broadcast_object_list(chosen)
-    return snapshot if run.rank == 0 or chosen[0] < 0 else store.load(chosen[0], wanted)
+    return snapshot
+
+
+def _together(run: RunContext, call: Callable[[], Snapshot | None]) -> Snapshot | None:
+    """What the call gives on this rank; when it fails on any, the first failure by rank on all. Collective."""
+    found: Snapshot | None = None
+    failure: CheckpointError | FencedError | StorageError | None = None
+    try:
+        found = call()
+    except (CheckpointError, FencedError, StorageError) as error:
+        failure = error
+    failures = [failure] * run.world
+    if run.world > 1:
+        dist.all_gather_object(failures, failure)
+    for rank, other in enumerate(failures):
+        if other is not None:
+            raise type(other)(f"rank {rank}: {other}" if rank else str(other)) from failure
+    return found
 
 
 def follow_leader(number: int) -> int:
@@ -62,9 +87,14 @@ def fingerprints(config: JobConfig, manifest: Manifest, run: RunContext) -> dict
     }
 
 
-def changed_since(snapshot: Snapshot, now: dict[str, str]) -> list[str]:
+def changed_since(snapshot: Snapshot, now: dict[str, str], precision: str) -> list[str]:
     """A line for everything that is no longer what the checkpoint was made with."""
-    return [
+    before = snapshot.state.get(PRECISION, precision)
+    formats = [
+        f"the checkpoint of step {snapshot.step} was computed in {before}, this group's hosts compute in {precision}"
+        " (train.precision=auto): set train.precision to keep one format"
+    ]
+    return (formats if before != precision else []) + [
         f"the checkpoint of step {snapshot.step} was made with other {what} ({was[:12]}, now {now.get(name, '')[:12]})"
         for name, what in (("config", "settings"), ("data", "data"), ("code", "source code"))
         if (was := snapshot.made_by.get(name, "")) and was != now.get(name, "")
@@ -72,6 +102,8 @@ def changed_since(snapshot: Snapshot, now: dict[str, str]) -> list[str]:
 
 
 AGAIN, DONE, GONE = range(3)
+PRECISION = "precision"
+"""In a checkpoint's state: the format of the group that wrote it."""
 
 
 class Saver:
@@ -82,7 +114,6 @@ class Saver:
     Args:
         config: triggers, retries and limits.
         store: writes in the background.
-        window: steps between two questions whether a save is due; a step trigger may be up to so many steps late.
         note: tells a person.
         clock: seconds; monotonic.
         agree: turns a rank's number into that of the rank that decides.
@@ -92,7 +123,6 @@ class Saver:
         self,
         config: CheckpointConfig,
         store: CheckpointStore,
-        window: int,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         agree: Callable[[int], int] = int,
@@ -100,7 +130,6 @@ class Saver:
         self._agree = agree
         self._config = config
         self._store = store
-        self._window = window
         self._note = note
         self._clock = clock
         self._requested_at = self._committed_at = clock()
@@ -113,7 +142,8 @@ class Saver:
         """Whether to save now, in mid-epoch: by step, by time, or because the last save failed or found no room."""
         self._watch()
         since = self._clock() - self._requested_at
-        by_step = self._config.every_steps > 0 and step % self._config.every_steps < self._window
+        every = self._config.every_steps
+        by_step = every > 0 and step // every > max(0, self._store.last_requested) // every
         by_time = self._config.every_minutes > 0 and since > 60 * self._config.every_minutes
         again = self._store.failure is not None and since > self._config.retry_s
         wanted = by_step or by_time or again or self._missed
@@ -121,17 +151,17 @@ class Saver:
         self._missed = wanted and self._store.busy
         return wanted and not self._missed
 
-    def save(self, step: int, take: Take, *, wait: bool = False) -> None:
+    def save(self, step: int, take: Take, *, wait_s: float = 0.0) -> None:
         """Copies the state and hands it to the background; does nothing while an earlier save is being written.
 
         Args:
             step: position of the state.
             take: copies the state.
-            wait: wait for the earlier save instead of doing nothing.
+            wait_s: how long to wait for an earlier save.
         """
         began = time.perf_counter()
-        if wait:
-            self._store.wait()
+        if wait_s > 0:
+            self._store.wait(wait_s)
         if not self._agree(self._wanted(step)):
             return
         self._store.wait()  # the buffers of the copy must be free; the deciding rank's are
@@ -153,8 +183,10 @@ class Saver:
         self._watch()
         if self._store.writer.lost is not None:
             return self._store.writer.lost
+        limit = self._config.max_age_s
         age = self._clock() - self._committed_at
-        if self._store.failure is None or age <= self._config.max_age_s:
+        hangs = self._store.busy and self._clock() - self._requested_at > limit
+        if not hangs and (self._store.failure is None or age <= limit):
             return None
         return StorageGoneError(self._gone(age, f"checkpoint.max_age_s={self._config.max_age_s:g}"))
 
@@ -185,7 +217,7 @@ class Saver:
         limit = float(getattr(self._config, key))
         began = self._clock()
         while True:
-            self.save(step, take, wait=True)
+            self.save(step, take, wait_s=max(0.0, limit - (self._clock() - began)))
             done = self._store.wait(max(0.0, limit - (self._clock() - began)))
             self._watch()
             committed = done and self._store.last_committed == step
@@ -214,6 +246,6 @@ class Saver:
     def _gone(self, age: float, limit: str) -> str:
         return (
             f"no checkpoint could be committed for {age:.0f} s, longer than {limit} allows "
-            f"({self._store.failures} saves failed; the last: {self._store.failure or 'it hangs'}). "
+            f"({self._store.failures} saves failed; the last: {self._store.failure or 'it is still being written'}). "
             "The last committed checkpoint is intact: repair the storage and type the same command again"
         )

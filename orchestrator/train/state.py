@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -207,4 +208,6 @@ class TrainState:
         self.ledger = Ledger.from_json(snapshot.state["ledger"])
 
     def _scalars(self) -> dict[str, Any]:
-        return {**{name: getattr(self, name) for name in SCALARS}, "ledger": self.ledger.to_json()}
+        # A copy: it is written while the training goes on and adds to its lists.
+        scalars = {name: copy.deepcopy(getattr(self, name)) for name in SCALARS}
+        return {**scalars, "ledger": self.ledger.to_json()}

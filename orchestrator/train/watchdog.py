@@ -29,6 +29,8 @@ from orchestrator.train.outside import LOOK_S, here
 EXIT_HUNG = 75
 GRACE_S = 5.0
 TELL_S = 2.0
+TELLING_S = 60.0
+"""A rank that cannot bring its report onto storage within so long ends without."""
 
 
 @dataclass
@@ -153,6 +155,13 @@ class Watchdog:
             collective=self.position.collective, collectives=self.position.collectives, thread=self._trainer,
             stacks=_stacks(),
         )  # fmt: skip
+        # On a thread of its own: the storage that it writes to may be what hangs.
+        telling = threading.Thread(target=self._tell, args=(report,), name="hang report", daemon=True)
+        telling.start()
+        telling.join(TELLING_S)
+        self._end(EXIT_HUNG)
+
+    def _tell(self, report: hangs.Report) -> None:
         folder, incident, world = self._run.folder, self._incident, self._run.world
         grace = time.monotonic() + GRACE_S
         try:
@@ -169,8 +178,6 @@ class Watchdog:
                 time.sleep(2 * TELL_S)  # the first dead rank ends all; rank 0 has something to say before
         except StorageError as error:
             self._run.note(f"a rank hangs and storage does not take its stacks ({error})\n{report.stacks}")
-        finally:
-            self._end(EXIT_HUNG)
 
 
 def _stacks() -> str:

@@ -78,10 +78,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="checkpoints-") as scratch:
         store = CheckpointStore(Folder(scratch), keep=1)
-        saver = Saver(CheckpointConfig(), store, 1, print)
+        saver = Saver(CheckpointConfig(), store, print)
         background, size = [], 0
         for step in range(options.saves):
-            saver.save(step, take, wait=True)
+            saver.save(step, take, wait_s=600)
             store.wait()
             assert store.last_save is not None, store.failure
             background.append(store.last_save)

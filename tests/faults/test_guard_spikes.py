@@ -143,6 +143,23 @@ def test_saves_come_by_the_clock(data, tmp_path, monkeypatch, minutes, expected)
     assert CheckpointStore(run.folder, keep=9).steps() == expected
 
 
+def test_a_save_by_steps_comes_once_for_each_multiple(data, tmp_path, monkeypatch):
+    """Windows of 3 in epochs of 4: the first look after a multiple of 3 saves, and the next look does not again."""
+    real = Engine.step
+
+    def step(self, batch):
+        self.checkpoints.wait()
+        real(self, batch)
+
+    monkeypatch.setattr(Engine, "step", step)
+    words = ("train.epochs=4", "train.log_every=3", "checkpoint.every_epochs=0", "checkpoint.keep=9")
+    config = tiny_config(data, tmp_path, *words, "checkpoint.every_steps=5", "checkpoint.every_minutes=0")
+    run = LocalRun(config)
+    assert train(config, run).step == 16
+    # looked at 3 4 7 8 11 12 15 16
+    assert CheckpointStore(run.folder, keep=9).steps() == [7, 11, 15, 16]
+
+
 LOSS_GUARD = ("train.guard.loss_sigma=8", "train.epochs=8", "train.guard.skip_budget=1")
 LOSS_SPIKE = 25
 """After the guard's warm-up of 20 steps; of 32."""

@@ -137,3 +137,16 @@ def test_the_slowest_rank_is_the_one_with_the_fewest_collective_calls(tmp_path):
     assert "rank 1 of 3: 40 s in compute (limit 30 s) after step 7" in told
     assert "last collective call: gradients of step 7 (number 8)" in told
     assert "rank 0 of 3" not in told
+
+
+def test_storage_that_hangs_does_not_keep_a_hung_rank(monkeypatch):
+    """Its report cannot be written and raises nothing; the rank ends all the same."""
+    monkeypatch.setattr(watchdog, "TELLING_S", 0.2)
+    monkeypatch.setattr(hangs, "write", lambda *_: threading.Event().wait())
+    ended = []
+    run = SimpleNamespace(rank=0, world=1, folder=None)
+    dog = Watchdog(GuardConfig(hang_s=0.1), run, Stopwatch(), end=ended.append)
+    dog.position.step = 0
+    dog.start()
+    dog._thread.join(30)
+    assert ended == [EXIT_HUNG]
