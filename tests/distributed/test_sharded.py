@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from orchestrator.checkpoint.source import student_state
+from orchestrator.checkpoint.source import open_source, student_state
 from orchestrator.checkpoint.store import MARKER, CheckpointStore
+from orchestrator.config.identity import result_fields
 from orchestrator.data.folder import Folder
+from orchestrator.launch.record import RunRecord
 from orchestrator.train.engine import Engine
 from orchestrator.train.loop import train
 from orchestrator.train.step import Step
@@ -20,6 +22,7 @@ from tests.distributed.test_world_sizes import (
     STEPS,
     WORDS,
     Recording,
+    assert_same_gradients,
     assert_same_masks,
     assert_same_run,
     run_steps,
@@ -39,10 +42,11 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """The run on one rank, and its state at the end."""
+    """The run on one rank, its state at the end, and the weights that it exports."""
     config = tiny_config(data, tmp_path_factory.mktemp("one"), *WORDS, AVERAGE, "checkpoint.every_steps=100")
-    seen = run_steps(config, 0, 1)
-    return seen, CheckpointStore(LocalRun(config).folder, keep=1).load_newest()
+    seen, run = run_steps(config, 0, 1), LocalRun(config)
+    assert train(config, run).step == STEPS  # all are done: what is left is the export
+    return seen, CheckpointStore(run.folder, keep=1).load_newest(), run.directory / "final" / "backbone.safetensors"
 
 
 def assert_same_state(place, expected):
@@ -62,6 +66,42 @@ def test_two_ranks_with_half_of_the_model_each(data, alone, tmp_path):
     found = run_world(2, 29641, data, tmp_path / "w", *words)
     assert_same_run(found, alone[0])
     assert_same_state(tmp_path / "w", alone[1])
+    assert_same_weights(tiny_config(data, tmp_path / "w", *WORDS, *words), alone[2])
+
+
+def assert_same_weights(config, exported):
+    """What every job reads of a run that left only its checkpoint, in parts, and what one rank exports."""
+    run, expected = LocalRun(config), open_source(str(exported))
+    RunRecord(run.run_uid, result_fields(config, "")).save(run.folder)
+    assert not (run.directory / "final").exists()
+    found = open_source(str(run.directory))
+    assert (found.step, found.model, found.facts["weights"]) == (STEPS, expected.model, "moving average")
+    assert expected.state
+    for name, value in expected.state.items():
+        assert found.state[name].dtype == value.dtype
+        assert torch.allclose(found.state[name], value, rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.long
+def test_compiled_blocks_of_parts_agree_with_eager_ones(data, alone, tmp_path):
+    """`aot_eager` traces as the default backend does, and leaves out the code generator."""
+    words = (*SHARD, "train.compile=true", "train.compile_backend=aot_eager")
+    found = run_world(2, 29646, data, tmp_path / "w", *words, last=6)
+    assert found.losses == pytest.approx(alone[0].losses[:6], rel=1e-8)
+    assert_same_gradients(found.gradients, alone[0].gradients)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("port", "words"),
+    [(29647, ("train.precision=bf16",)), (29648, ("train.precision=fp16", "train.loss_scale=16777216"))],
+    ids=["bf16", "fp16"],
+)
+def test_reduced_formats_in_parts_stay_near_whole_ones(data, tmp_path, port, words):
+    """The first loss scale is too large on purpose: all ranks must find the same one."""
+    whole = run_world(2, port, data, tmp_path / "whole", AVERAGE, *words, last=8).losses
+    parts = run_world(2, port + 2, data, tmp_path / "parts", *SHARD, *words, last=8).losses
+    assert parts == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.long

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from orchestrator.train.engine import Engine
-from orchestrator.train.parallel import whole_gradients
+from orchestrator.train.parallel import Replicated, whole_gradients
+from orchestrator.train.step import Step
 from tests.support import LocalRun, tiny_classifier, tiny_config, write_shards
 
 WORDS = ("train.precision=fp64", "train.epochs=4", "checkpoint.every_epochs=0", "train.log_every=1")
@@ -144,6 +146,51 @@ def test_larger_worlds_agree_in_float64(data, alone, tmp_path, world, port):
 
 def test_micro_batches_change_nothing(data, alone, tmp_path):
     assert_same_run(run_world(2, 29615, data, tmp_path / "w", "train.micro_batch=3"), alone)
+
+
+def count_reductions(rank, port, place, words):
+    """Writes down, per step, the forward passes and how many numbers were handed over to be reduced."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    steps, parameters = [], []
+    real_begin, real_forward, real_step = Replicated.begin, Replicated.forward, Step.__call__
+
+    def reduce(_, bucket):
+        steps[-1][1] += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
+
+    def begin(self):
+        real_begin(self)
+        parameters.append(sum(parameter.numel() for _, parameter in self.trainable))
+        self._model.register_comm_hook(None, reduce)
+
+    def forward(self, *arguments):
+        steps[-1][0] += 1
+        return real_forward(self, *arguments)
+
+    def step(self, *arguments):
+        steps.append([0, 0])
+        return real_step(self, *arguments)
+
+    Replicated.begin, Replicated.forward, Step.__call__ = begin, forward, step
+    try:
+        run_steps(tiny_config(*words), rank, 2, last=3)
+        torch.save({"steps": steps, "parameters": parameters}, f"{place}/rank-{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("micro_batch", "passes", "port"), [(0, 1, 29633), (3, 3, 29634)])
+def test_gradients_are_reduced_once_a_step(data, tmp_path, micro_batch, passes, port):
+    """However many micro-batches a rank's eight images make."""
+    words = (data, tmp_path, *WORDS, f"train.micro_batch={micro_batch}")
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(count_reductions, (port, str(tmp_path), words), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        told = torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True)
+        (parameters,) = told["parameters"]
+        assert told["steps"] == [[passes, parameters]] * 3, rank
 
 
 @pytest.mark.long

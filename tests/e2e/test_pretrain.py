@@ -1,28 +1,61 @@
 """The job as a person runs it: real Ray, two workers, real shards, real MLflow."""
 
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from mlflow import MlflowClient
 
+from orchestrator.config.load import load
 from orchestrator.config.tree import PretrainConfig
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.run import run_training
-from tests.support import TINY, job_environment, write_home
+from orchestrator.train.loop import train
+from tests.support import TINY, LocalRun, job_environment, losses, write_home
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST_RUN = str(ROOT / "jobs" / "recipes" / "first_run.yaml")
+LONG = ("train.epochs=12", "train.log_every=1", "eval.queries=8")
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return write_home(tmp_path_factory.mktemp("root"))
+
+
+def train_undisturbed(rank, port, home):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)  # as Ray has it for a worker of one CPU
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    words = [*TINY, "cluster.workers=2", "run.name=undisturbed", *LONG]
+    config = resolve(load(PretrainConfig, FIRST_RUN, words), {"ITPN_HOME": str(home)})
+    train(config, LocalRun(config, rank, 2))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home):
+    """Losses by step of two ranks that nobody stopped, without Ray."""
+    multiprocessing.set_forkserver_preload([__name__])
+    mp.start_processes(train_undisturbed, (29661, home), nprocs=2, start_method="forkserver")
+    found = curve(home, "undisturbed")
+    assert sorted(found) == list(range(1, max(found) + 1))
+    return found
+
+
+def curve(home, name):
+    return losses(SimpleNamespace(directory=home / "runs" / name))
 
 
 def command(*words):
@@ -54,7 +87,15 @@ def mlflow_run(home, name):
 def test_pretrains_evaluates_tracks_and_knows_when_it_is_done(home):
     done = run(home, "run.name=whole", "eval.baselines=true", "eval.every_epochs=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("k-NN untrained", "k-NN trained", "k-NN raw pixels", "loss", "images/s", "make ui"):
+    for part in (
+        "k-NN untrained",
+        "k-NN trained",
+        "k-NN raw pixels",
+        "loss",
+        "images/s",
+        "time of all ranks",
+        "make ui",
+    ):
         assert part in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -67,6 +108,8 @@ def test_pretrains_evaluates_tracks_and_knows_when_it_is_done(home):
     assert steps == list(range(1, max(steps) + 1))
     for name in ("train/lr", "train/grad_norm", "train/images_per_second", "eval/knn_top1", "data/wait_fraction"):
         assert name in recorded.data.metrics
+    assert 0 < recorded.data.metrics["goodput/share/compute"] < 1
+    assert 0 <= recorded.data.metrics["goodput/share/unaccounted"] < 0.05
     kept = {a.path for a in client.list_artifacts(recorded.info.run_id)}
     assert {"config.yaml", "environment.txt", "figures", "weights"} <= kept
 
@@ -80,8 +123,8 @@ def test_pretrains_evaluates_tracks_and_knows_when_it_is_done(home):
 
 
 @pytest.mark.long
-def test_killed_driver_resumes_and_says_from_where(home):
-    words = ("run.name=killed", "train.epochs=12", "checkpoint.every_steps=1", "train.log_every=1", "eval.queries=8")
+def test_killed_driver_resumes_and_says_from_where(home, undisturbed):
+    words = ("run.name=killed", *LONG, "checkpoint.every_steps=1")
     checkpoints = home / "runs" / "killed" / "checkpoints"
     with subprocess.Popen(
         command(*words), cwd=ROOT, env=job_environment(home), stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -99,35 +142,42 @@ def test_killed_driver_resumes_and_says_from_where(home):
     client, recorded = mlflow_run(home, "killed")
     steps = [m.step for m in client.get_metric_history(recorded.info.run_id, "train/loss")]
     assert sorted(steps) == sorted(set(steps)) == list(range(1, max(steps) + 1))
+    assert curve(home, "killed") == undisturbed
 
 
-@pytest.mark.long
-def test_interrupt_saves_and_the_same_command_goes_on(home):
-    words = ("run.name=stopped", "train.epochs=12", "train.log_every=1", "eval.queries=8")
+def stop_by(home, number, words):
+    """Starts a run and sends it a signal as soon as it trains; what it printed."""
+    lines = []
     with subprocess.Popen(
-        command(*words),
-        cwd=ROOT,
-        env=job_environment(home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        command(*words), cwd=ROOT, env=job_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True,
-    ) as driver:
-        lines = []
+    ) as driver:  # fmt: skip
         for line in driver.stdout:
             lines.append(line)
             if line.startswith("training"):
-                driver.send_signal(signal.SIGINT)
+                driver.send_signal(number)
                 break
         lines += driver.stdout.readlines()
     text = "".join(lines)
     assert driver.returncode == 0, text
-    assert "stopped (SIGINT) at step" in text
+    assert f"stopped ({number.name}) at step" in text
     assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.long
+def test_signals_save_and_the_same_command_goes_on_to_the_same_losses(home, undisturbed):
+    words = ("run.name=stopped", *LONG)
+    stop_by(home, signal.SIGINT, words)
+    _, recorded = mlflow_run(home, "stopped")
+    assert recorded.info.status == "KILLED"
+    assert "resumed from the checkpoint" in stop_by(home, signal.SIGTERM, words)
     _, recorded = mlflow_run(home, "stopped")
     assert recorded.info.status == "KILLED"
     done = run(home, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed from the checkpoint" in done.stdout
+    assert curve(home, "stopped") == undisturbed
 
 
 @pytest.mark.parametrize(

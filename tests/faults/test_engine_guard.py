@@ -1,5 +1,7 @@
 """Bad numbers never reach the weights, and collapsed features end a run."""
 
+import json
+
 import pytest
 import torch
 
@@ -19,9 +21,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """One step whose gradients are not numbers; keeps the weights around it."""
+    """One step whose gradients are not numbers; keeps the weights around it, and its samples."""
     seen = {}
-    real = Step._update
+    real, real_step = Step._update, Engine.step
 
     def update(self, loss):
         if self.state.step == BAD_STEP:
@@ -32,15 +34,26 @@ def poisoned(monkeypatch):
             return result
         return real(self, loss)
 
+    def step(self, batch):
+        if self.state.step == BAD_STEP:
+            seen["ids"] = batch.ids[batch.own].tolist()
+        real_step(self, batch)
+
     monkeypatch.setattr(Step, "_update", update)
+    monkeypatch.setattr(Engine, "step", step)
     return seen
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_weights(data, tmp_path, poisoned):
     config = tiny_config(data, tmp_path)
-    with pytest.raises(UserError, match=r"not finite or spiked at step 3 .*skip_budget=0"):
-        train(config, LocalRun(config))
+    run = LocalRun(config)
+    with pytest.raises(UserError, match=r"not finite or spiked at step 3 .*skip_budget=0.*guard/step-00000003\.json"):
+        train(config, run)
     assert all(torch.equal(a, b) for a, b in zip(poisoned["before"], poisoned["after"], strict=True))
+    (kept,) = (run.directory / "guard").iterdir()
+    assert kept.name == "step-00000003.json"
+    assert json.loads(kept.read_text())["samples"] == poisoned["ids"]
+    assert len(poisoned["ids"]) == config.train.global_batch
 
 
 def test_a_budget_lets_the_run_go_on_and_is_part_of_the_state(data, tmp_path, poisoned):

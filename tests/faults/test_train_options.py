@@ -17,7 +17,7 @@ from orchestrator.track.events import Artifact, Model
 from orchestrator.track.journal import records
 from orchestrator.train.engine import Engine
 from orchestrator.train.ledger import KEY, Trace
-from orchestrator.train.loop import train
+from orchestrator.train.loop import train, train_epoch
 from orchestrator.train.precision import LossScale
 from orchestrator.train.profile import ProfileConfig
 from tests.support import LocalRun, losses, tiny_config, write_shards
@@ -145,8 +145,51 @@ def test_profile_leaves_a_trace_of_the_steps(data, tmp_path):
     run = LocalRun(config)
     train(config, run)
     path = run.directory / "profile" / "steps-2-3.json.gz"
-    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    names = [event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
     assert "aten::addmm" in names or "aten::linear" in names
+    assert names.count("Optimizer.step#AdamW.step") == 2, "of eight steps, two were asked for"
+    kept = [record.event.path for record in records(run.directory) if isinstance(record.event, Artifact)]
+    assert f"profile/{path.name}" in kept
+
+
+REDUCED = ("model.migration.layers=[1]", "model.migration.keep=[0.5]")
+
+
+@pytest.mark.parametrize("words", [(), REDUCED], ids=["all-tokens", "migration"])
+def test_every_pass_has_the_same_shapes(data, tmp_path, words):
+    """As CUDA graphs want it: no module sees another shape, whatever is masked or dropped, over an epoch's end."""
+    config = tiny_config(data, tmp_path, "model.img_size=32", "train.micro_batch=4", *words)
+    assert Manifest.load(data).split("train").samples % config.train.global_batch, "an epoch leaves images over"
+    passes = []
+    with Engine(config, LocalRun(config)) as engine:
+        engine.restore()
+        task = engine.state.task
+        assert any(getattr(part, "is_reduced", False) for part in task.modules()) == bool(words)
+        note_shapes(task, passes)
+        while not engine.finished():
+            train_epoch(engine)
+        assert engine.epoch == 2
+    assert len(passes) == 8 * 4
+    assert len(passes[0]) > 50
+    assert all(calls == passes[0] for calls in passes)
+
+
+def note_shapes(task, passes):
+    """Keeps of every pass (`prepare` and `forward`) the calls of all modules, with the shapes of their tensors."""
+    real, calls = task.prepare, []
+
+    def prepare(examples):
+        calls[:] = [("prepare", *shapes(examples))]
+        return real(examples)
+
+    task.prepare = prepare
+    for name, module in task.named_modules():
+        module.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, *shapes(args))))
+    task.register_forward_hook(lambda *_: passes.append(calls.copy()))
+
+
+def shapes(values):
+    return [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
 
 
 def test_only_rank_0_is_traced(data, tmp_path):
