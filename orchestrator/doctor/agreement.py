@@ -69,6 +69,12 @@ def _killed(config: DoctorConfig, directory: Path, world: int, timeout_s: float)
         raise RuntimeError("the group survived SIGKILL")
     rest = run_group(config, directory, world, timeout_s)
     assert rest is not None  # noqa: S101 -- nobody was to be killed
+    wanted = config.doctor.steps - KILLED_AFTER
+    if len(rest.losses) != wanted:
+        raise RuntimeError(
+            f"the group after the kill did not resume from the checkpoint of step {KILLED_AFTER}: it took"
+            f" {len(rest.losses)} steps, where {wanted} were left"
+        )
     return rest
 
 

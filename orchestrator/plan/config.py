@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from itpn_core.errors import ConfigError
 from orchestrator.config.tree import PretrainConfig
 
 
@@ -13,7 +14,8 @@ class ForecastConfig:
 
     devices: int = field(default=0, metadata={"help": "devices to plan for; 0 = cluster.workers"})
     node_devices: int = field(
-        default=8, metadata={"help": "devices of a node: those that share a copy where train.parallel=hybrid"}
+        default=8,
+        metadata={"help": "devices of a node: they share a cache, and a copy where train.parallel=hybrid"},
     )
     utilisation: float = field(
         default=0.4, metadata={"help": "share of train.peak_tflops that is expected to be reached, if a peak is stated"}
@@ -21,6 +23,14 @@ class ForecastConfig:
     probe_steps: int = field(default=3, metadata={"help": "steps that are timed here, after two others"})
     probe_batch: int = field(default=16, metadata={"help": "images per step of the probe"})
     forget: bool = field(default=False, metadata={"help": "forecast only, also when the run has been done already"})
+
+    def __post_init__(self) -> None:
+        for name, least in {"devices": 0, "node_devices": 1, "probe_steps": 1, "probe_batch": 1}.items():
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"plan.{name}", value, f"it must be at least {least}")
+        if not 0.0 < self.utilisation <= 1.0:
+            raise ConfigError("plan.utilisation", self.utilisation, "allowed are 0 < value <= 1")
 
 
 @dataclass(frozen=True)

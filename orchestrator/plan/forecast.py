@@ -67,8 +67,10 @@ class Job:
     samples: int
     data_bytes: int
     """Stored bytes of one pass over the train split."""
-    cached: bool
-    """Whether stored bytes are read over the network once only."""
+    hosts: int
+    """Machines with a cache of their own."""
+    cache_bytes: float
+    """What the cache of a host holds; 0 = there is none."""
     saves: int
     device_images_per_second: float
     """Of one of the planned devices."""
@@ -101,12 +103,49 @@ def forecast(probe: Probe, job: Job) -> dict[str, float]:
         "checkpoint_bytes": probe.checkpoint_bytes,
         "checkpoint_stall_s": stall_s,
         "checkpoint_total_bytes": probe.checkpoint_bytes * job.saves,
-        "data_egress_bytes": job.data_bytes * (min(1.0, epochs) if job.cached else epochs),
+        "data_egress_bytes": job.data_bytes * passes_read(epochs, job.hosts, job.cache_bytes / job.data_bytes),
         **traffic(probe, job, step_s),
         "images_per_second": speed,
         "seconds_per_step": step_s,
         "hours": (job.steps * step_s + job.saves * stall_s) / 3600,
     }
+
+
+def passes_read(epochs: float, hosts: int, kept: float) -> float:
+    """How many times all stored bytes are read over the network, where every host has a cache that is empty at first.
+
+    Every epoch gives each sample to a host at random, and each host its samples in a new order, as
+    `orchestrator.data.order` does. So a host that needs a sample read it last `age` epochs ago with probability
+    `share * (1 - share) ** (age - 1)`, where `share = 1 / hosts`; and its cache still holds it where all else that the
+    host has read since fits too (`_still_there`). One host with less room than data mostly misses: `kept` = 0.5 saves
+    15 % of each epoch, not half. Many hosts miss because they read most samples for the first time for many epochs.
+
+    Args:
+        epochs: passes of the training over the data.
+        hosts: machines, each with a cache.
+        kept: part of the data that the cache of one host can hold; 0 = there are no caches.
+    """
+    share, found, read, epoch = 1 / hosts, 0.0, 0.0, 0
+    while epoch < epochs:
+        read += min(1.0, epochs - epoch) * (1.0 - found)
+        epoch += 1
+        found += share * (1 - share) ** (epoch - 1) * _still_there(epoch, share, kept)
+    return read
+
+
+def _still_there(age: int, share: float, kept: float, points: int = 64) -> float:
+    """How likely a host's cache holds what the host read `age` epochs ago: the least recently used goes first.
+
+    Since then the host has read the rest of that epoch's samples, all those of `age - 1` epochs and some of this one's.
+    So `(1 - share * rest) * (1 - share) ** (age - 1) * (1 - share * done)` of the data were not read, with `rest` and
+    `done` anywhere from 0 to 1. What was read fits if that is more than `1 - kept`.
+    """
+    others = (1 - share) ** (age - 1)
+    if kept <= 0 or not others:
+        return 0.0
+    needed = max(0.0, 1 - kept) / others
+    unread = [1 - share * (point + 0.5) / points for point in range(points)]
+    return sum(min(1.0, max(0.0, (1 - needed / part) / share)) for part in unread) / points
 
 
 def memory(probe: Probe, job: Job) -> float:

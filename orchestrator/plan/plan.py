@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from itpn_core.errors import ConfigError
 from orchestrator.config.identity import fingerprint, result_fields
@@ -39,6 +40,11 @@ def plan(config: PlanConfig, recipe: str) -> int:
     copies = f"{job.devices} devices" + (f" with a part of {job.parts} each" if job.parts > 1 else "")
     title = f"{name}: {copies}, {job.global_batch} images per step; speed from {basis}"
     print(table(forecast(measured, job), happened, title))
+    if job.cache_bytes:
+        print(
+            f"data read from storage: estimated for empty caches of {job.cache_bytes / 1e9:g} GB on {job.hosts} hosts"
+            f" (plan.node_devices={config.plan.node_devices})"
+        )
     return 0
 
 
@@ -59,7 +65,8 @@ def _job(config: PlanConfig, manifest: Manifest, measured: Probe) -> Job:
         steps_per_epoch=per_epoch,
         samples=split.samples,
         data_bytes=sum(shard.bytes for shard in split.shards),
-        cached=bool(config.data.cache.folder),
+        hosts=-(-devices // config.plan.node_devices),
+        cache_bytes=_cache_bytes(config),
         saves=_saves(config, steps, per_epoch, steps * train.global_batch / (speed * devices)),
         device_images_per_second=speed,
     )
@@ -71,6 +78,12 @@ def _saves(config: PretrainConfig, steps: int, per_epoch: int, seconds: float) -
     by_step = steps // rule.every_steps if rule.every_steps else 0
     by_time = int(seconds / (60 * rule.every_minutes)) if rule.every_minutes else 0
     return max(1, by_step + by_epoch, by_time)
+
+
+def _cache_bytes(config: PretrainConfig) -> float:
+    """Room of a host's cache; local files are read without one."""
+    scheme = urlsplit(config.data.source).scheme if "://" in config.data.source else "file"
+    return config.data.cache.gigabytes * 1e9 if config.data.cache.folder and scheme != "file" else 0.0
 
 
 def _parts(config: PlanConfig, devices: int) -> int:

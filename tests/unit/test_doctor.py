@@ -24,6 +24,7 @@ from orchestrator.doctor import agreement, surroundings
 from orchestrator.doctor.agreement import _short, agreed, first_difference
 from orchestrator.doctor.config import DoctorConfig
 from orchestrator.doctor.doctor import doctor
+from orchestrator.doctor.finding import Finding
 from orchestrator.doctor.surroundings import examine
 from orchestrator.doctor.walk import Record
 from orchestrator.launch.home import resolve
@@ -131,6 +132,61 @@ def test_bad_surroundings_are_named(data, tmp_path):
     assert found["tracking"][0] == "warning"
     if not torch.cuda.is_available():
         assert found["devices"][0] == "FAILED"
+
+
+def test_a_server_that_answers_and_one_that_must_but_does_not(data, tmp_path):
+    words = ("track.follow=true", f"track.uri=sqlite:///{tmp_path}/mlflow.db")
+    assert states(configured(data, tmp_path, *words))["tracking"] == ("ok", "MLflow answers")
+    away = configured(data, tmp_path, "track.follow=true", "track.uri=http://127.0.0.1:9", "track.required=true")
+    state, detail = states(away)["tracking"]
+    assert state == "FAILED"
+    assert "127.0.0.1:9" in detail
+    assert "would go on without it" not in detail
+
+
+@pytest.mark.parametrize(("free", "state"), [(95, "ok"), (50, "warning")])
+def test_devices_are_counted_and_their_free_memory_is_looked_at(data, tmp_path, monkeypatch, free, state):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["H100", "A100"][index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free * 10**9, 100 * 10**9))
+    found = states(configured(data, tmp_path, "cluster.device=cuda"))["devices"]
+    assert found == (state, f"2 x A100, H100; {free} of 100 GB free on the first")
+
+
+@pytest.fixture
+def no_steps(monkeypatch):
+    monkeypatch.setattr(agreement, "examine", lambda config: [Finding("steps", "ok", "taken")])
+
+
+def test_a_server_that_must_answer_hides_no_other_finding(data, tmp_path, capsys, no_steps):
+    away = configured(data, tmp_path, "track.follow=true", "track.uri=http://127.0.0.1:9", "track.required=true")
+    assert doctor(away, "test") == 1
+    out = capsys.readouterr().out
+    lines = {re.split(r"  +", line)[1]: line.split()[0] for line in out.splitlines() if "  " in line}
+    assert (lines["tracking"], lines["data"], lines["steps"]) == ("FAILED", "ok", "ok")
+    assert "settings" not in lines
+    assert out.splitlines()[-1] == "1 of 8 checks failed"
+
+
+def test_settings_that_do_not_go_together_are_a_finding(data, tmp_path, capsys, no_steps):
+    assert doctor(configured(data, tmp_path, "eval.k=99"), "test") == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^FAILED +settings +eval\.bank=16 is smaller than eval\.k=99", out, re.MULTILINE)
+    assert re.search(r"^ok +data ", out, re.MULTILINE)
+    assert "taken" not in out
+
+
+def test_a_group_that_does_not_resume_has_not_passed(data, tmp_path, monkeypatch, record):
+    """The second group begins at step 0 and agrees in everything."""
+    config = configured(data, tmp_path, "doctor.worlds=[1]", "doctor.steps=2")
+    rest = Record(record.ids[1:], record.masks[1:], record.losses[1:], {1: record.gradients[1]})
+    for second, state in ((record, "FAILED"), (rest, "ok")):
+        groups = iter([record, None, second])
+        monkeypatch.setattr(agreement, "run_group", lambda *_, groups=groups, **__: next(groups))
+        found = {finding.what: finding for finding in agreement.examine(config)}
+        assert found["kill and resume"].state == state
+        if state == "FAILED":
+            assert "did not resume from the checkpoint of step 1: it took 2 steps" in found["kill and resume"].detail
 
 
 TEACHER = ["objective.kind=fast", "objective.target_norm=channel"]

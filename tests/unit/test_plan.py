@@ -4,8 +4,10 @@ import ast
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import boto3
 import pytest
@@ -13,13 +15,14 @@ import torch
 from moto.server import ThreadedMotoServer
 from torch import nn
 
-from itpn_core.errors import ConfigError
+from itpn_core.errors import ConfigError, UserError
 from orchestrator.config.load import load
 from orchestrator.data.folder import Folder
+from orchestrator.data.manifest import Manifest
 from orchestrator.launch.home import resolve
 from orchestrator.plan.config import PlanConfig
-from orchestrator.plan.forecast import Held, Job, Probe, forecast, memory, traffic
-from orchestrator.plan.plan import _parts, plan
+from orchestrator.plan.forecast import Held, Job, Probe, forecast, memory, passes_read, traffic
+from orchestrator.plan.plan import _cache_bytes, _job, _parts, plan
 from orchestrator.plan.probe import beyond, probe
 from orchestrator.plan.report import LABELS, outcome, table
 from orchestrator.track.history import RunHistory
@@ -39,7 +42,7 @@ PROBE = Probe(
 )  # fmt: skip
 JOB = Job(
     global_batch=32, micro_batch=0, devices=4, parts=1, steps=1000, steps_per_epoch=100, samples=3200,
-    data_bytes=10**6, cached=False, saves=10, device_images_per_second=10.0,
+    data_bytes=10**6, hosts=1, cache_bytes=0.0, saves=10, device_images_per_second=10.0,
 )  # fmt: skip
 STATE = 1000 + 4 * (84 + 3 * 76)  # teacher and buffers; weights, two moments, average
 
@@ -64,12 +67,62 @@ def test_without_an_average_its_memory_is_not_needed():
     assert memory(PROBE, JOB) - memory(replace(PROBE, averaged=False), JOB) == 4 * 76
 
 
-def test_one_device_needs_no_network_and_a_cache_reads_once():
-    one = replace(JOB, devices=1, cached=True, micro_batch=4)
+def test_one_device_needs_no_network_and_a_cache_with_room_reads_once():
+    one = replace(JOB, devices=1, cache_bytes=1e6, micro_batch=4)
     found = forecast(PROBE, one)
     assert found["allreduce_bytes"] == found["allreduce_bytes_per_s"] == 0
     assert found["data_egress_bytes"] == 10**6
     assert found["memory_bytes"] == STATE + 4 * 76 + 4 * 50
+
+
+def passes_of_caches(epochs, hosts, kept, samples=1000):
+    """The same by caches that really forget, with a new shuffle every epoch and hosts that take turns."""
+    order, random = list(range(samples)), Random(0)
+    caches, misses = [OrderedDict() for _ in range(hosts)], 0
+    for _ in range(epochs):
+        random.shuffle(order)
+        for place, sample in enumerate(order):
+            cache = caches[place % hosts]
+            misses += sample not in cache
+            cache[sample] = True
+            cache.move_to_end(sample)
+            if len(cache) > kept * samples:
+                cache.popitem(last=False)
+    return misses / samples
+
+
+@pytest.mark.parametrize(
+    ("epochs", "hosts", "kept"),
+    [(10, 1, 0.5), (10, 1, 0.9), (10, 1, 1.0), (20, 4, 0.1), (20, 4, 0.5), (20, 4, 1.0), (40, 16, 0.3)],
+)
+def test_what_is_read_through_caches_is_what_such_caches_miss(epochs, hosts, kept):
+    assert passes_read(epochs, hosts, kept) == pytest.approx(passes_of_caches(epochs, hosts, kept), rel=0.03)
+
+
+def test_what_is_read_without_or_before_any_hit():
+    assert passes_read(2.5, 4, 0.0) == 2.5
+    assert passes_read(0.5, 4, 9.0) == 0.5
+    assert passes_read(1000, 4, 9.0) == pytest.approx(4), "in the end every host has read everything"
+
+
+def test_a_cache_counts_for_remote_data_and_each_host_has_one(data, tmp_path):
+    words = ("data.cache.folder=/cache", "data.cache.gigabytes=3", "plan.devices=20", "cluster.device=cpu")
+    local = configured(data, tmp_path, *words)
+    assert _cache_bytes(local) == 0
+    remote = replace(local, data=replace(local.data, source="s3://bucket/set"))
+    assert _cache_bytes(remote) == 3e9
+    manifest = Manifest.load(data, local.data.store)
+    assert (_job(remote, manifest, PROBE).hosts, _job(remote, manifest, PROBE).cache_bytes) == (3, 3e9)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["devices=-1", "node_devices=0", "node_devices=-8", "probe_steps=0", "probe_batch=0", "utilisation=0",
+     "utilisation=-0.1", "utilisation=40", "utilisation=nan"],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_refused(data, tmp_path, word):
+    with pytest.raises(UserError, match=rf"plan\.{word.split('=')[0]} = .*(at least|allowed are)"):
+        configured(data, tmp_path, f"plan.{word}")
 
 
 # The rank with the most rows of four has 3 of 10 and 2 of 8.
