@@ -22,7 +22,7 @@ from typing import Any
 
 from itpn_core.errors import UserError
 from orchestrator.data.errors import DataError
-from orchestrator.data.folder import Folder
+from orchestrator.data.folder import Folder, StorageError
 
 OWNER, WRITER, COMMIT, RELEASED = "owner", "writer", "commit", "released"
 _WATCH_S = 10.0
@@ -70,18 +70,30 @@ class RunLog:
         return Entry(number, body["kind"], body["term"], body["author"], body["facts"])
 
     def last(self, known: int = 0) -> Entry | None:
-        """The newest entry, None when there is none.
+        """The newest entry, None when there is none or the known one is gone.
 
         Args:
-            known: an entry that exists; looking goes on from there instead of listing all.
+            known: an entry that existed; looking goes on from there instead of listing all.
+
+        Raises:
+            StorageError: storage does not answer, or lists an entry that it does not hand out.
         """
-        number = known
-        if not known:
-            names = [name for name in self.folder.names("log") if name.endswith(".json")]
-            number = int(names[-1].removesuffix(".json")) if names else 0
+        number = known or self._listed()
         while self.exists(number + 1):
             number += 1
-        return self.entry(number) if number else None
+        if not number:
+            return None
+        try:
+            return self.entry(number)
+        except FileNotFoundError as error:
+            if self._listed() < number:
+                return None
+            raise StorageError(f"{error} is listed, but storage says that it is not there") from error
+
+    def _listed(self) -> int:
+        """Number of the newest entry, 0 when there is none."""
+        names = [name for name in self.folder.names("log") if name.endswith(".json")]
+        return int(names[-1].removesuffix(".json")) if names else 0
 
     def exists(self, number: int) -> bool:
         """Whether an entry has this number."""

@@ -1,11 +1,13 @@
-"""A thread that lasts as long as a block."""
+"""Threads that last: as long as a block, and whatever a round of theirs raises."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
+log = logging.getLogger(__name__)
 _PATIENCE_S = 15.0
 
 
@@ -25,3 +27,25 @@ def background(name: str, body: Callable[[threading.Event], None]) -> Iterator[N
     finally:
         done.set()
         thread.join(timeout=_PATIENCE_S)
+
+
+class Rounds:
+    """Rounds of a thread that nobody would miss at once: an error ends its round only, and is logged once per kind.
+
+    Args:
+        what: that goes on, for the log.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._told: set[type[Exception]] = set()
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """A round."""
+        try:
+            yield
+        except Exception as error:
+            if type(error) not in self._told:
+                self._told.add(type(error))
+                log.exception("%s goes on after an error", self._what)

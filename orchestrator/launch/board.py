@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.launch.background import Rounds
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure
 from orchestrator.train.results import Request, Result
 
@@ -57,6 +58,32 @@ class Admission:
     """For how long the driver has been starting groups: no process has been there for this run for longer."""
 
 
+class Group(NamedTuple):
+    """What the board knows of the worker group."""
+
+    running: bool
+    """Whether one has begun and not failed."""
+    silent_s: float
+    """For how many seconds none was heard."""
+    refused_s: float
+    """How many seconds ago a rank refused to go on; 0 = none has."""
+
+
+class Told(NamedTuple):
+    """How much of the board's news the driver has."""
+
+    notes: int = 0
+    states: int = 0
+    requests: int = 0
+
+    def plus(self, news: News) -> Told:
+        """With this news."""
+        return Told(self.notes + len(news.notes), self.states + len(news.states), self.requests + len(news.requests))
+
+
+NOTHING = Told()
+
+
 class Board:
     """The actor's state; every method returns at once."""
 
@@ -72,6 +99,7 @@ class Board:
         self._failures = self._idle = 0
         self._furthest = -1
         self._verdict = Admission()
+        self._refused_at = 0.0
         self._cause = ""
         self._counted = False
         """Whether the failure of the group that runs now is counted; the controller may tell of it more than once."""
@@ -95,11 +123,11 @@ class Board:
         """What came of requests, without the first `known`."""
         return self._results[known:]
 
-    def read(self) -> News:
-        """Latest progress, and what has been told since the last read."""
-        news = News(self._progress, self._notes, self._states, self._requests)
-        self._notes, self._states, self._requests = [], [], []
-        return news
+    def read(self, known: Told = NOTHING) -> News:
+        """Latest progress, and what has been told, without what the driver has: an answer may get lost."""
+        return News(
+            self._progress, self._notes[known.notes :], self._states[known.states :], self._requests[known.requests :]
+        )
 
     def stop(self, reason: str) -> None:
         """Asks the run to save and end."""
@@ -121,8 +149,10 @@ class Board:
         self._complaints.append(complaint)
 
     def refuse(self, reason: str, exit_code: int) -> None:
-        """Ends the run: groups that start from now on do nothing."""
-        self._verdict = Admission(refusal=reason, exit_code=exit_code)
+        """Ends the run: groups that start from now on do nothing. The first refusal stays."""
+        if not self._verdict.refusal:
+            self._verdict = Admission(refusal=reason, exit_code=exit_code)
+            self._refused_at = time.monotonic()
 
     def failed(self, errors: dict[int, str]) -> None:
         """Called by Ray Train's controller when ranks have failed: the group ends, and may start again."""
@@ -145,9 +175,10 @@ class Board:
             f"(failure {self._failures} of at most {self._max_failures})"
         )
 
-    def group(self) -> tuple[bool, float]:
-        """Whether a worker group has begun and not failed, and for how many seconds none was heard."""
-        return self._running, time.monotonic() - self._heard
+    def group(self) -> Group:
+        """How the worker group is."""
+        now = time.monotonic()
+        return Group(self._running, now - self._heard, now - self._refused_at if self._verdict.refusal else 0.0)
 
     def end(self) -> tuple[str, Admission]:
         """Which failure came first in the group that failed last, and the verdict."""
@@ -215,9 +246,10 @@ class BoardClient:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
+        rounds = Rounds("the line to the driver")
         while True:
             last = self._end.wait(self._poll_s)
-            with contextlib.suppress(RayError):
+            with rounds.one(), contextlib.suppress(RayError):
                 self._exchange()
             if last:
                 return
@@ -235,11 +267,23 @@ class BoardClient:
             self._results += new
 
 
-def watch(board: Any, show: Callable[[News], None], done: threading.Event, poll_s: float = 0.5) -> None:
-    """Driver's side: reads the board until `done`, handing news to `show`."""
-    while not done.is_set():
-        with contextlib.suppress(RayError):
-            show(ray.get(board.read.remote(), timeout=10))
-        time.sleep(poll_s)
-    with contextlib.suppress(RayError):
-        show(ray.get(board.read.remote(), timeout=10))
+def watch(
+    board: Any, takers: Sequence[Callable[[News], None]], done: threading.Event, poll_s: float = 0.5
+) -> None:  # fmt: skip
+    """Driver's side: reads the board until `done`, and once more.
+
+    Args:
+        board: the noticeboard.
+        takers: each is handed all news in turn; what one of them raises keeps them from no other.
+        done: ends it.
+        poll_s: pause between two looks.
+    """
+    rounds, known, last = Rounds("the watch of the noticeboard"), NOTHING, False
+    while not last:
+        last = done.wait(poll_s)
+        with rounds.one(), contextlib.suppress(RayError):
+            news: News = ray.get(board.read.remote(known), timeout=10)
+            known = known.plus(news)
+            for take in takers:
+                with rounds.one():
+                    take(news)

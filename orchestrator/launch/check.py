@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from orchestrator.config.errors import SettingError
 from orchestrator.config.tree import FinetuneConfig, JobConfig, PretrainConfig
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.preflight import open_dataset
+from orchestrator.launch.say import say
 from orchestrator.track.config import why_away
 from orchestrator.track.server import check_answers
 from orchestrator.train.config import OptimizerConfig
@@ -50,10 +50,10 @@ def check(config: JobConfig) -> Checked:
     if config.track.required:
         check_answers(config.track)
     elif away := why_away(config.track):
-        print(
+        say(
             f"warning: MLflow cannot be reached ({away}); the run goes on and keeps its records, which are shipped when"
             " it answers or by jobs/sync_runs.py (track.required=true makes this an error)",
-            file=sys.stderr,
+            error=True,
         )
     manifest = open_dataset(config.data)
     train, val = manifest.split(config.data.train_split), manifest.split(config.data.val_split)
@@ -137,6 +137,11 @@ def _check_settings(config: JobConfig) -> None:
         raise SettingError(
             f"cluster.workers_min={config.cluster.workers_min}: allowed are 0 (always cluster.workers) to"
             f" cluster.workers={workers}"
+        )
+    if config.cluster.max_failures < 0:
+        raise SettingError(
+            f"cluster.max_failures={config.cluster.max_failures}: it must be at least 0; for a run that should survive"
+            " many failures give a large number, such as 1000"
         )
     if config.eval.wait_s < 0:
         raise SettingError(f"eval.wait_s={config.eval.wait_s:g}: it must be at least 0 seconds")

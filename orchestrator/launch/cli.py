@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from itpn_core.errors import UserError
 from orchestrator.config.load import load, to_yaml
 from orchestrator.config.schema import help_text, leaves
+from orchestrator.launch.say import say, settle, write
 from orchestrator.track.redact import Redactor, secret_values
 
 T = TypeVar("T")
@@ -63,14 +64,17 @@ def run_job(
             config = resolve(load(schema, recipe, words, base(config)))
         if options.print_config:
             told = to_yaml(config) + (notes(config) if notes else "")
-            return _print(Redactor(secret_values(os.environ)).text(told))
+            write(sys.stdout, Redactor(secret_values(os.environ)).text(told))
+            return EXIT_OK
         return action(config, Path(options.recipe).stem)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", error=True)
         return EXIT_INTERRUPTED
+    finally:
+        settle()
 
 
 def _add_short(parser: argparse.ArgumentParser, schema: type[Any], short: Mapping[str, str]) -> None:
@@ -86,12 +90,3 @@ def _add_short(parser: argparse.ArgumentParser, schema: type[Any], short: Mappin
 def _short_words(options: argparse.Namespace, short: Mapping[str, str]) -> list[str]:
     given = {key: getattr(options, key) for key in short.values()}
     return [f"{key}={value}" for key, value in given.items() if value is not None]
-
-
-def _print(text: str) -> int:
-    try:
-        print(text, end="", flush=True)
-    except BrokenPipeError:
-        # A reader such as `head` has seen enough; without this, Python complains again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return EXIT_OK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
+import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +17,7 @@ import ray
 from itpn_core.errors import UserError
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.limits import VARIABLE, Group, autoscaler_runs, groups
+from orchestrator.launch.say import say
 
 _TYPE = "accelerator_type:"
 _START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -78,7 +79,7 @@ def connected(config: ClusterConfig, loaders: int = 0) -> Iterator[None]:
         }
     # A stop raised inside Ray's `init` would leave a connection that aborts the process at its end. Handlers of signals
     # run in the main thread only, so `init` gets another one, where it does not set its own for SIGTERM either.
-    thread = ThreadPoolExecutor(1, "ray-init")
+    thread = ThreadPoolExecutor(1, "ray-init", initializer=_block_hangups)
     try:
         _join(thread, settings)
         yield
@@ -100,6 +101,14 @@ def _join(thread: ThreadPoolExecutor, settings: dict[str, Any]) -> None:
         address = os.environ.get("RAY_ADDRESS")
         where = f"the Ray cluster at RAY_ADDRESS={address}" if address else "Ray on this machine"
         raise UserError(f"cannot connect to {where}: {str(error).splitlines()[0]}") from None
+
+
+def _block_hangups() -> None:
+    """For this thread and the processes that it starts, Ray's own: a terminal that closes is the driver's to hear of.
+
+    Else all of them would be gone at once, and nobody left to save the checkpoint that the driver asks for.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
 
 
 def _news(record: logging.LogRecord) -> bool:
@@ -165,10 +174,10 @@ def request(config: ClusterConfig, loaders: int = 0, environment: Mapping[str, s
         trouble = _too_small(config, asked, growing)
         if growing or not autoscaler_runs():
             raise UserError(trouble)
-        print(
+        say(
             f"warning: {trouble}. An autoscaler runs, whose limits are not known ({VARIABLE} states them): the run"
             " waits for nodes",
-            file=sys.stderr,
+            error=True,
         )
     return asked
 
@@ -179,7 +188,7 @@ def _within(asked: Resources, growing: list[Group]) -> Resources:
         fewer = replace(asked, cpus=float(cpus))
         if _room(fewer, growing) >= asked.workers:
             if cpus < asked.cpus:
-                print(
+                say(
                     f"cluster.cpus_per_worker: {cpus} for each of {asked.workers} workers, where {asked.cpus:g} (itself"
                     " and data.workers) are wanted; the cluster has no more"
                 )

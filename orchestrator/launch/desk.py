@@ -55,7 +55,8 @@ class Desk:
     Args:
         runner: where evaluations run.
         folder: the run's.
-        limit_s: how long one may take.
+        limit_s: how long one may take. It counts from the start on: there was room then, and what waits all the same,
+            because another job took that room, waits no longer than this either.
         checkpoint: which metric is the best.
         tell: hands a result to rank 0.
         clock: seconds, monotonic.
@@ -72,7 +73,7 @@ class Desk:
     ) -> None:
         self._runner, self._folder, self._limit_s, self._tell = runner, folder, limit_s, tell
         self._checkpoint, self._clock = checkpoint, clock
-        self._lock = threading.Lock()
+        self._lock, self._settling = threading.Lock(), threading.Lock()
         self._waiting: list[Request] = []
         self._running: Request | None = None
         self._task: Any = None
@@ -80,6 +81,7 @@ class Desk:
         self._tries: dict[int, int] = {}
         self._spent: dict[int, float] = {}
         self._unkept: list[Result] = []
+        self._untold: list[Result] = []
         self._best: float | None = None
         self._colours: Any = None
         self._known: set[int] = set()
@@ -101,13 +103,15 @@ class Desk:
                 self._end(Result(spare[0].step, SKIPPED, error=why))
 
     def look(self) -> None:
-        """Follows the one that runs, and starts the next where there is room."""
-        with self._lock:
-            self._keep()
-            if self._running is not None:
-                self._follow(self._running)
-            if self._running is None and self._waiting and self._runner.room():
-                self._start(self._waiting.pop(0))
+        """Follows the one that runs, starts the next where there is room, and tells what has ended."""
+        try:
+            with self._lock:
+                if self._running is not None:
+                    self._follow(self._running)
+                if self._running is None and self._waiting and self._runner.room():
+                    self._start(self._waiting[0])
+        finally:
+            self._settle()
 
     def close(self) -> list[int]:
         """Ends what runs; returns the steps that were asked for and have no result."""
@@ -116,17 +120,18 @@ class Desk:
             if self._running is not None:
                 self._runner.stop(self._task)
             self._running, self._waiting = None, []
-            self._keep()
-            with contextlib.suppress(StorageError):  # rank 0 may have given some up as lost
-                ended = {result.step for result in kept(self._folder, left)}
-                left = [step for step in left if step not in ended]
-            return left
+        self._settle()
+        with contextlib.suppress(StorageError):  # rank 0 may have given some up as lost
+            ended = {result.step for result in kept(self._folder, left)}
+            left = [step for step in left if step not in ended]
+        return left
 
     def _start(self, request: Request) -> None:
         values = [value for value in (request.best, self._best) if value is not None]
         best = (max if self._checkpoint.best_mode == "max" else min)(values) if values else None
-        self._running, self._began = request, self._clock()
         self._task = self._runner.start(replace(request, best=best), self._colours)
+        self._running, self._began = request, self._clock()
+        self._waiting.remove(request)
 
     def _follow(self, request: Request) -> None:
         took = self._clock() - self._began
@@ -170,11 +175,16 @@ class Desk:
         if result.state == DONE and name in result.metrics and is_better(result.metrics[name], self._best, mode):
             self._best = result.metrics[name]
         self._unkept.append(result)
-        self._keep()
-        self._tell(result)
+        self._untold.append(result)
 
-    def _keep(self) -> None:
-        with contextlib.suppress(StorageError):  # the next look tries again
-            while self._unkept:
-                keep(self._folder, self._unkept[0])
-                self._unkept.pop(0)
+    def _settle(self) -> None:
+        """Keeps what has ended, then tells of it. `ask` does not wait for storage: its lock is free meanwhile."""
+        with self._settling:
+            untold = len(self._untold)  # what ends from now on is kept first too
+            with contextlib.suppress(StorageError):  # the next look tries again
+                while self._unkept:
+                    keep(self._folder, self._unkept[0])
+                    self._unkept.pop(0)
+            for _ in range(untold):
+                self._tell(self._untold[0])
+                self._untold.pop(0)

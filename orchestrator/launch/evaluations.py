@@ -20,10 +20,11 @@ from itpn_core.errors import UserError
 from orchestrator.config.tree import JobConfig
 from orchestrator.data.errors import DataError
 from orchestrator.data.folder import Folder
-from orchestrator.launch.background import background
+from orchestrator.launch.background import Rounds, background
 from orchestrator.launch.cluster import Resources, fits_beside, free_nodes, room_beside
 from orchestrator.launch.desk import Desk, GoneError
 from orchestrator.launch.place import local_directory
+from orchestrator.launch.say import say
 from orchestrator.launch.worker import granted_cpus
 from orchestrator.train.apart import Measured, measure
 from orchestrator.train.context import Silent
@@ -90,7 +91,7 @@ class RayRunner:
         """As `Runner.start`. A process of its own: it leaves no memory behind on the device."""
         task = ray.remote(
             num_cpus=self._resources.cpus, num_gpus=self._resources.gpus, max_retries=0, max_calls=1,
-            scheduling_strategy="DEFAULT",
+            accelerator_type=self._resources.accelerator or None, scheduling_strategy="DEFAULT",
         )(evaluate_apart)  # fmt: skip
         return task.remote(self._job, request, colours, self._resources.gpus)
 
@@ -130,8 +131,9 @@ def looking(desk: Desk) -> Iterator[None]:
     """Lets a desk look after its evaluations on a thread, until the block ends."""
 
     def run(done: threading.Event) -> None:
+        rounds = Rounds("the watch over evaluations")
         while not done.wait(_LOOK_S):
-            with contextlib.suppress(RayError):  # a cluster that does not answer now: the next look tells
+            with rounds.one(), contextlib.suppress(RayError):  # a cluster that does not answer now: the next look tells
                 desk.look()
 
     try:
@@ -142,4 +144,4 @@ def looking(desk: Desk) -> Iterator[None]:
             left = desk.close()
             if left:
                 steps = ", ".join(map(str, sorted(left)))
-                print(f"evaluations that were not done: step {steps}; done when the run goes on")
+                say(f"evaluations that were not done: step {steps}; done when the run goes on")

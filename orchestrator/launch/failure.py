@@ -8,6 +8,20 @@ from dataclasses import dataclass
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 5.0, 120.0
 
 
+class ControllerGoneError(Exception):
+    """Ray Train's controller, which watches the workers, is gone.
+
+    Args:
+        error: how Ray says it.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(
+            "Ray Train's controller, which runs on the driver's node and watches the workers, is gone: killed, out of"
+            f" memory, or the cluster does not answer ({type(error).__name__})\n{error}"
+        )
+
+
 @dataclass(frozen=True)
 class Complaint:
     """A rank's own words about its failure."""

@@ -10,6 +10,7 @@ from orchestrator.config.tree import JobConfig
 from orchestrator.data.folder import Folder, StorageError
 from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import Lifecycle
+from orchestrator.launch.say import say
 from orchestrator.launch.show import duration, table
 from orchestrator.track.committed import CommittedJournal
 from orchestrator.track.environment import working_diff
@@ -57,7 +58,7 @@ def _record_end(config: JobConfig, folder: Folder, life: Lifecycle, state: str, 
     if trouble := recorder.trouble():
         raise JournalError(f"the end of the run ({state}) is not whole in its journal: {trouble}")
     if config.track.follow and not backlog.empty:
-        print(f"warning: {backlog}")
+        say(f"warning: {backlog}")
         keep(folder, recorder, segments)
 
 
@@ -68,7 +69,7 @@ def keep(folder: Folder, recorder: Recorder, segments: list[Path]) -> None:
         committed.commit(segments)
         committed.keep_files()
     except StorageError as error:
-        print(f"warning: the end of the journal is only in {recorder.directory}: {error}")
+        say(f"warning: the end of the journal is only in {recorder.directory}: {error}")
 
 
 def tell_story(recorder: Recorder, folder: Folder) -> None:
@@ -76,7 +77,7 @@ def tell_story(recorder: Recorder, folder: Folder) -> None:
     try:
         CommittedJournal(folder, recorder.directory).restore()
     except StorageError as error:
-        print(f"warning: report.html lacks what is only in run storage: {error}")
+        say(f"warning: report.html lacks what is only in run storage: {error}")
     recorder.report()
     recorder.journals()
 

@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,7 +107,7 @@ class Lease:
         """Gives the run back, so that the next driver need not wait; best effort."""
         self._end.set()
         self._thread.join(timeout=30)
-        with contextlib.suppress(StorageError, FencedError):
+        with contextlib.suppress(StorageError, FencedError, FileNotFoundError):
             while True:
                 self.check()
                 with contextlib.suppress(TakenError):  # a last commit of our own workers came between
@@ -132,11 +133,11 @@ class Lease:
         """
         if not last.term or last.kind == RELEASED:
             return ""
-        owner = self._log.entry(last.term)
+        owner = self._owner(last)
         where = f"host {owner.facts['host']}, pid {owner.facts['pid']}, since {owner.facts['since']}"
         if is_gone(owner.facts):
             return f"the driver before this one ({where}) is gone; this one takes the run over"
-        quiet, limit = self._quiet_seconds(owner.number), float(owner.facts["lease_s"])
+        quiet, limit = self._quiet_seconds(owner.number, last.term), float(owner.facts["lease_s"])
         if quiet > limit + _CLOCK_S:
             return (
                 f"the driver before this one ({where}) has not renewed its lease for {quiet:.0f} s (run.lease_s="
@@ -150,11 +151,28 @@ class Lease:
             " or give another run.name"
         )
 
-    def _quiet_seconds(self, number: int) -> float:
-        """How long an owner has been silent, by the one clock that both sides share: the storage's."""
-        renewed = self._folder.modified(f"log/{number:08d}.json")
+    def _owner(self, last: Entry) -> Entry:
+        """The owner's entry. Where it is gone, the last one with an owner of whom nothing is known.
+
+        Such an owner is waited for as one of this `run.lease_s`. One that lives has its beat, and if it is taken for
+        dead all the same, it can commit nothing more.
+        """
+        try:
+            return self._log.entry(last.term)
+        except FileNotFoundError:
+            facts = {"host": "unknown", "pid": "unknown", "since": "unknown", "lease_s": self._lease_s}
+            return replace(last, facts=facts)
+
+    def _quiet_seconds(self, entry: int, owner: int) -> float:
+        """How long an owner has been silent, by the one clock that both sides share: the storage's.
+
+        Args:
+            entry: number of an entry that it wrote.
+            owner: its own number.
+        """
+        renewed = self._folder.modified(f"log/{entry:08d}.json")
         with contextlib.suppress(FileNotFoundError):
-            renewed = max(renewed, self._folder.modified(_beat(number)))
+            renewed = max(renewed, self._folder.modified(_beat(owner)))
         probe = f"log/clock-{uuid.uuid4().hex}"
         self._folder.put(probe, b"")
         now = self._folder.modified(probe)
@@ -167,7 +185,7 @@ class Lease:
                 self.renew()
             except FencedError:
                 return
-            except StorageError as error:
+            except Exception as error:  # whatever it is, the lease runs out without a next try
                 log.warning("the lease was not renewed, next try in %.0f s: %s", self._lease_s / 4, error)
 
 

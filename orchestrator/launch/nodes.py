@@ -186,6 +186,8 @@ class _Search:
                 self.trouble = self._other_data()
         except DataError as error:
             self.trouble, self.away = f"{self.stage}: {error}", True
+        except Exception as error:  # such as a stale mount: no thread of a node that is fit ends so
+            self.trouble, self.away = f"{self.stage}: {type(error).__name__}: {error}", True
 
     def _other_run(self) -> str:
         config, key = self.question.config, self.question.run_key

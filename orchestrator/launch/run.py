@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +28,13 @@ from orchestrator.launch.cli import EXIT_FAILED, EXIT_HELD, EXIT_INTERRUPTED, EX
 from orchestrator.launch.cluster import Resources, connected, request, start_timeout_s
 from orchestrator.launch.desk import Desk
 from orchestrator.launch.evaluations import Job, RayRunner, looking, resolve_where
-from orchestrator.launch.failure import root_cause
+from orchestrator.launch.failure import ControllerGoneError, root_cause
 from orchestrator.launch.finish import end_table, record_end
 from orchestrator.launch.lease import HeldError, Lease
 from orchestrator.launch.metrics import DriverMetrics
 from orchestrator.launch.nodes import check_nodes, make_question
 from orchestrator.launch.record import KEY, Lifecycle, open_record
+from orchestrator.launch.say import say, settle
 from orchestrator.launch.show import ProgressLine, duration
 from orchestrator.launch.stops import StopRequest, Stops
 from orchestrator.launch.trainer import GROUP_STARTS, make_trainer
@@ -55,7 +55,7 @@ def run_training(config: JobConfig, recipe: str) -> int:
         with Stops() as stops:
             return _run(config, recipe, stops)
     except StopRequest as stop:
-        print(f"stopped ({stop}) before the run was touched. Type the same command again to go on.")
+        say(f"stopped ({stop}) before the run was touched. Type the same command again to go on.")
         return EXIT_OK
     except KeyboardInterrupt:
         _end_at_once()
@@ -67,9 +67,8 @@ def _end_at_once() -> NoReturn:
     Not as interpreters end: the thread that waits for the workers still is inside Ray, and torn down under it the
     process would sometimes end with SIGSEGV, which no exit code documents.
     """
-    print("interrupted", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    say("interrupted", error=True)
+    settle()
     os._exit(EXIT_INTERRUPTED)
 
 
@@ -82,8 +81,8 @@ def _run(config: JobConfig, recipe: str, stops: Stops) -> int:
     folder = Folder(f"{config.run.storage}/{name}", config.data.store)
     record = open_record(folder, fields, name)
     if record.finished:
-        print(f"run {name} is finished already; nothing to do. A new run needs another run.name or other settings.")
-        print(end_table(config, folder, record.summary))
+        say(f"run {name} is finished already; nothing to do. A new run needs another run.name or other settings.")
+        say(end_table(config, folder, record.summary))
         return EXIT_OK
     try:
         with Lease(folder, config.run.lease_s) as lease:
@@ -91,13 +90,13 @@ def _run(config: JobConfig, recipe: str, stops: Stops) -> int:
             record = open_record(folder, fields, name).next_attempt()
             return _Attempt(config, recipe, checked, folder, Lifecycle(folder, record, lease), lease, stops).run()
     except (HeldError, FencedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return EXIT_HELD
     except EndError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return EXIT_STORAGE
     except JournalError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return EXIT_FAILED
 
 
@@ -135,9 +134,9 @@ class _Attempt:
         self._life.enter("starting")
         attempts = self._life.record.attempts
         start = "start" if attempts == 1 else f"attempt {attempts}"
-        print(f"run {self._config.run.name} ({start})  in {self._folder.uri}")
+        say(f"run {self._config.run.name} ({start})  in {self._folder.uri}")
         if self._lease.taken_from:
-            print(self._lease.taken_from)
+            say(self._lease.taken_from)
         try:
             with contextlib.ExitStack() as stack:
                 with self._stops.interrupting():
@@ -174,9 +173,9 @@ class _Attempt:
     def _announce(self, resources: Resources) -> None:
         low = f"{resources.min_workers} to " if resources.min_workers < resources.workers else ""
         ready = duration(time.monotonic() - self._started)
-        print(f"{low}{resources.workers} workers x {resources.bundle}; Ray is up after {ready}")
+        say(f"{low}{resources.workers} workers x {resources.bundle}; Ray is up after {ready}")
         where, why = resolve_where(self._config.eval.where, resources)
-        print(f"evaluation {where}: {why}")
+        say(f"evaluation {where}: {why}")
         self._facts["evaluation"] = f"{where}: {why}"
         self._config = with_where(self._config, where)
 
@@ -203,15 +202,15 @@ class _Attempt:
                 first, verdict = _last_words(board)
                 if verdict.refusal:
                     return {"refused": verdict.refusal, "exit": verdict.exit_code}, ("", "")
+                if isinstance(error, ControllerGoneError):  # what failed before it was another failure
+                    first = str(error).splitlines()[0]
                 return {}, (first or root_cause(error), str(error))
             if "outcome" not in returned:
                 return returned, ("", "")
             reason = str(returned.get("outcome", {}).get("stopped", ""))
             if not reason.startswith(PREEMPTED):
                 return returned, ("", "")
-            print(
-                f"{reason}; a checkpoint is saved (step {returned['outcome']['step']}), and the run goes on elsewhere"
-            )
+            say(f"{reason}; a checkpoint is saved (step {returned['outcome']['step']}), and the run goes on elsewhere")
             self._life.note("preempted", reason)
 
     def _fit(self, resources: Resources, board: Any) -> tuple[dict[str, Any], Exception | None]:
@@ -229,10 +228,10 @@ class _Attempt:
                 return _beside(lambda: trainer.fit().return_value, lambda: self._watch(board, waiting)), None
             except TrainingFailedError as error:
                 return {}, waiting.verdict(error)
-            except RayError:
+            except RayError as error:
                 if not waiting.ended:
-                    raise
-                if self._stops.reason:
+                    return {}, ControllerGoneError(error)
+                if self._stops.reason and not waiting.refused:
                     return {"waited": self._stops.reason}, None
                 return {}, waiting.verdict(None)
             finally:
@@ -249,25 +248,24 @@ class _Attempt:
 
     @contextlib.contextmanager
     def _shown(self, board: Any) -> Iterator[None]:
-        line, metrics = ProgressLine(), self._metrics
+        line = ProgressLine()
 
-        def show(news: News) -> None:
-            line(news)
-            if news.progress is not None:
-                metrics.heard(news.progress.step)
-            for state, reason in news.states:
-                self._life.note(state, reason)
+        def keep(news: News) -> None:
             for wish in news.requests:
                 self._evaluations.ask(wish)
+            for state, reason in news.states:
+                self._life.note(state, reason)
+            if news.progress is not None:
+                self._metrics.heard(news.progress.step)
 
         try:
-            with background("progress", partial(watch, board, show)):
+            with background("progress", partial(watch, board, (keep, line))):
                 yield
         finally:
             line.close()
 
     def _refused(self, reason: str, code: int) -> int:
-        print(f"error: {reason}", file=sys.stderr)
+        say(f"error: {reason}", error=True)
         if code != EXIT_HELD:  # else the run is another's by now, and so is its record
             self._end("failed", reason)
         return code
@@ -277,28 +275,28 @@ class _Attempt:
         where = f"(all of it: {self._folder.uri}/{key})"
         try:
             for text in untold(self._folder):
-                print(text, file=sys.stderr)  # a hang of rank 0 that no later attempt could tell of
+                say(text, error=True)  # a hang of rank 0 that no later attempt could tell of
             self._folder.put(key, f"{first}\n\n{everything}".encode())
         except StorageError as error:
             where = f"{everything}\n(it is not kept: {error})"
-        print(f"error: the run failed: {first}\n{where}", file=sys.stderr)
-        print("Type the same command again to resume from the last checkpoint.", file=sys.stderr)
+        say(f"error: the run failed: {first}\n{where}", error=True)
+        say("Type the same command again to resume from the last checkpoint.", error=True)
         self._end("failed", first)
         return EXIT_FAILED
 
     def _ended(self, outcome: dict[str, Any]) -> int:
         if outcome["stopped"]:
             self._end("stopped", outcome["stopped"])
-            print(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume.")
+            say(f"stopped ({outcome['stopped']}) at step {outcome['step']}. Type the same command again to resume.")
             return EXIT_OK
         self._end("finished", "", finished=True, summary=outcome)
-        print(end_table(self._config, self._folder, outcome))
+        say(end_table(self._config, self._folder, outcome))
         return EXIT_OK
 
     def _stopped_waiting(self, reason: str) -> int:
         """No worker group ran, so there is nothing to save."""
         self._end("stopped", reason)
-        print(f"stopped ({reason}) while no workers ran. Type the same command again to resume.")
+        say(f"stopped ({reason}) while no workers ran. Type the same command again to resume.")
         return EXIT_OK
 
     def _end(self, state: str, reason: str, **changes: Any) -> None:
@@ -311,7 +309,7 @@ class _Attempt:
         except JournalError as error:
             if state != "failed":
                 raise
-            print(f"error: {error}", file=sys.stderr)  # what failed first decides the exit code
+            say(f"error: {error}", error=True)  # what failed first decides the exit code
 
     def _enter_or_tell(self, state: str, **changes: Any) -> None:
         try:

@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from orchestrator.launch.board import News, Progress
+from orchestrator.launch.say import write
 
 
 class ProgressLine:
@@ -26,8 +27,7 @@ class ProgressLine:
         progress = news.progress
         text = describe(progress)
         if self._live:
-            self._out.write("\r" + text.ljust(self._width))
-            self._out.flush()
+            write(self._out, "\r" + text.ljust(self._width))
             self._width = len(text)
         elif progress.stage == "training" and progress.epoch != self._epoch:
             self._epoch = progress.epoch
@@ -36,14 +36,13 @@ class ProgressLine:
     def close(self) -> None:
         """Ends the live line."""
         if self._live and self._width:
-            self._out.write("\n")
-            self._out.flush()
+            write(self._out, "\n")
 
     def _print(self, text: str) -> None:
         if self._live and self._width:
-            self._out.write("\r" + " " * self._width + "\r")
+            write(self._out, "\r" + " " * self._width + "\r")
             self._width = 0
-        print(text, file=self._out, flush=True)
+        write(self._out, f"{text}\n")
 
 
 def describe(progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""The time in which no worker group runs: when it is over, and what is said then."""
+"""When the driver ends Ray Train itself: no worker group runs, or one that runs cannot end; and what is said then."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import ray
 from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
+from orchestrator.launch.board import Group
 from orchestrator.launch.cluster import Resources, room_now
 from orchestrator.launch.show import duration
 
 _SILENT_S = 20.0
 """A group that says nothing for so long is not there to save anything: rank 0 speaks twice a second."""
+_REFUSED_S = 20.0
+"""Where all ranks refuse, they have ended by then; else one refused alone, and the others wait for it for ever."""
 _ASK_S = 5.0
 
 
@@ -24,7 +27,8 @@ class NoRoomError(Exception):
 class Waiting:
     """Judges, as often as asked, whether to go on waiting for a worker group.
 
-    Ray Train listens to nothing while it waits for room, and an elastic group waits without an end of its own.
+    Ray Train listens to nothing while it waits for room, and an elastic group waits without an end of its own. A group
+    of which one rank has ended waits in a collective call, for as long as that call's own limit.
 
     Args:
         board: the noticeboard, which hears of groups.
@@ -36,21 +40,25 @@ class Waiting:
         self._board, self._asked, self._limit_s = board, asked, limit_s
         self.ended = False
         """Whether the waiting was ended from here."""
+        self.refused = False
+        """Whether that was because a rank had refused to go on, in words that are on the board."""
         self._words = ""
 
     def over(self, *, stop: bool) -> bool:
-        """Whether to end Ray Train now: on request when no group runs that could save, else after the limit."""
+        """Whether to end Ray Train now: one rank refused, or no group runs that could save, or none for too long."""
         if self.ended:
             return False
         try:
-            running, silent = ray.get(self._board.group.remote(), timeout=_ASK_S)
+            group: Group = ray.get(self._board.group.remote(), timeout=_ASK_S)
         except RayError:
             return False  # the board's host is this one: the next look tells
-        if stop and (not running or silent > _SILENT_S):
+        if group.refused_s > _REFUSED_S:
+            self.ended = self.refused = True
+        elif stop and (not group.running or group.silent_s > _SILENT_S):
             self.ended = True
-        elif silent > self._limit_s:
+        elif group.silent_s > self._limit_s:
             self.ended = True
-            self._words = self._no_room(duration(silent))
+            self._words = self._no_room(duration(group.silent_s))
         return self.ended
 
     def verdict(self, error: Exception | None) -> Exception:

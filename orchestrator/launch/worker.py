@@ -144,20 +144,29 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         _complain(assignment.board, run.rank, error)
         raise
     except StorageGoneError as error:
-        return {"refused": str(error), "exit": EXIT_STORAGE}
+        return _refused(assignment.board, run.rank, error, EXIT_STORAGE)
     except FencedError as error:
-        return {"refused": str(error), "exit": EXIT_HELD}
+        return _refused(assignment.board, run.rank, error, EXIT_HELD)
     except DataError as error:
         _complain(assignment.board, run.rank, error)
         raise  # may be one rank's storage trouble, which a restart can cure
     except UserError as error:
-        # Every rank finds the same mistake, and a restart would find it again: say it instead of retrying.
-        return {"refused": str(error), "exit": EXIT_FAILED}
+        return _refused(assignment.board, run.rank, error, EXIT_FAILED)
     except Exception as error:
         _complain(assignment.board, run.rank, error)
         raise
     finally:
         run.close()
+
+
+def _refused(board: Any, rank: int, error: UserError, code: int) -> dict[str, Any]:
+    """What a rank returns that says what is wrong instead of failing: a restart would find it again.
+
+    Mostly every rank finds the same. Where one is alone with it, the others wait for it in a collective call, and the
+    driver, which finds the words on the board, ends the group.
+    """
+    _ask(board.refuse.remote(f"rank {rank} on {socket.gethostname()}: {error}", code))
+    return {"refused": str(error), "exit": code}
 
 
 def _check_node(assignment: Assignment) -> None:

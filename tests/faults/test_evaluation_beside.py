@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray._common.utils import resources_from_ray_options
 
 from orchestrator.checkpoint.config import CheckpointConfig
 from orchestrator.data.folder import Folder
+from orchestrator.launch import evaluations
 from orchestrator.launch.cluster import Resources, fits_beside
 from orchestrator.launch.desk import TRIES, Desk, GoneError
+from orchestrator.launch.evaluations import RayRunner
 from orchestrator.train.apart import Measured, measure
 from orchestrator.train.context import Silent
 from orchestrator.train.loop import train
@@ -323,11 +328,13 @@ def test_a_slow_evaluation_leaves_out_the_oldest_that_waits_but_never_the_first(
     office.runner.free = False
     for step in (0, 10, 20, 30):
         office.desk.ask(Request(step))
+    office.desk.look()
     assert {result.step: result.state for result in office.told} == {10: SKIPPED}
     assert "longer than their interval: step 30 asked" in office.told[0].error
     office.runner.free = True
     office.desk.look()
     office.desk.ask(Request(40))
+    office.desk.look()
     assert {result.step: result.state for result in office.told} == {10: SKIPPED, 20: SKIPPED}
     assert office.desk.close() == [0, 30, 40]
 
@@ -345,6 +352,57 @@ def test_results_wait_for_storage_that_is_away(tmp_path):
     place.unlink()
     office.desk.look()
     assert [result.step for result in kept(office.folder)] == [10]
+
+
+def test_a_request_does_not_wait_for_storage(tmp_path, monkeypatch):
+    """Rank 0's requests and the run's states come by the same thread."""
+    office, writing, written = Office(tmp_path, ANSWER), threading.Event(), threading.Event()
+
+    def slow(folder, result):
+        writing.set()
+        assert written.wait(60)
+        keep(folder, result)
+
+    monkeypatch.setattr("orchestrator.launch.desk.keep", slow)
+    office.desk.ask(Request(10))
+    looking = threading.Thread(target=office.until, args=(1,), daemon=True)
+    looking.start()
+    assert writing.wait(60)
+    asking = threading.Thread(target=office.desk.ask, args=(Request(20),), daemon=True)
+    asking.start()
+    asking.join(10)
+    assert not asking.is_alive()
+    assert not office.told, "it is kept before it is told"
+    written.set()
+    looking.join(60)
+    assert [result.step for result in office.told] == [10]
+
+
+def test_one_that_could_not_be_started_has_its_turn_again(tmp_path, monkeypatch):
+    office = Office(tmp_path, ANSWER)
+    start, trouble = office.runner.start, [ConnectionError("the cluster does not answer")]
+    monkeypatch.setattr(
+        office.runner, "start", lambda *args: start(*args) if not trouble else (_ for _ in ()).throw(trouble.pop())
+    )
+    office.desk.ask(Request(10))
+    with pytest.raises(ConnectionError):
+        office.desk.look()
+    assert office.until(1)[10].state == DONE
+
+
+@pytest.mark.parametrize(
+    "asked", [Resources(2, 3.0, 1, accelerator="H100"), Resources(2, 3.0, 1), Resources(2, 3.0, 0)]
+)
+def test_an_evaluation_asks_ray_for_what_a_worker_asks(monkeypatch, asked):
+    given = {}
+
+    def remote(**options):
+        given.update(resources_from_ray_options(options))
+        return lambda function: SimpleNamespace(remote=lambda *_: function)
+
+    monkeypatch.setattr(evaluations.ray, "remote", remote)
+    RayRunner(None, asked).start(Request(10), None)
+    assert {name: amount for name, amount in given.items() if amount} == asked.bundle
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,44 @@
 """What a launch does about trouble, without a cluster: failures, states of a run, nodes that differ."""
 
+import errno
+import io
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
+from itpn_core.errors import UserError, WeightsError
+from orchestrator import launch
 from orchestrator.checkpoint.runlog import FencedError, RunLog
+from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
-from orchestrator.launch.board import Admission, Board, News, Progress
+from orchestrator.launch.board import NOTHING, Admission, Board, BoardClient, News, Progress, watch
+from orchestrator.launch.cluster import Resources
+from orchestrator.launch.config import ClusterConfig
+from orchestrator.launch.evaluations import looking
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure, root_cause
 from orchestrator.launch.lease import Lease
 from orchestrator.launch.nodes import Question, answer, compare, versions
 from orchestrator.launch.record import KEY, Lifecycle, RunRecord, open_record
+from orchestrator.launch.run import _Attempt
+from orchestrator.launch.say import say
+from orchestrator.launch.show import ProgressLine
+from orchestrator.launch.stops import Stops
+from orchestrator.launch.waiting import Waiting
+from orchestrator.launch.worker import RayContext, train_worker
 from orchestrator.track.config import TrackConfig, why_away
+from orchestrator.train.context import PREEMPTED
+from orchestrator.train.results import Request
 from tests.support import tiny_config, write_shards
 
 
@@ -78,6 +100,7 @@ def test_the_last_failure_is_left_to_the_driver():
 def test_a_verdict_ends_every_later_group():
     board = Board(max_failures=3)
     board.refuse("the data are away", 4)
+    board.refuse("somebody is away", 1)  # because of the first
     board.failed({0: "x"})
     assert board.read().notes == []
     assert board.admit() == Admission(refusal="the data are away", exit_code=4)
@@ -87,10 +110,14 @@ def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
     board = Board(max_failures=3)
     assert board.group()[0] is False
     board.admit()
-    running, silent = board.group()
+    running, silent, refused = board.group()
     assert running
     time.sleep(0.05)
-    assert board.group()[1] >= silent + 0.05
+    assert board.group().silent_s >= silent + 0.05
+    assert refused == board.group().refused_s == 0
+    board.refuse("the data are away", 4)
+    time.sleep(0.05)
+    assert board.group().refused_s >= 0.05
     assert board.admit().open_s >= 0.05, "counted from the board's own birth, also for later groups"
     board.post(News(None))
     assert board.group()[1] < 0.05
@@ -99,13 +126,241 @@ def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
     assert board.group()[0] is False
 
 
-def test_news_are_told_once_and_a_stop_request_reaches_rank_0():
+def test_news_are_told_until_the_driver_has_them_and_a_stop_request_reaches_rank_0():
     board = Board()
     assert board.post(News(None, ["a"], [("running", "")])) == ""
     board.stop("SIGTERM")
-    assert board.post(News(Progress("training", step=1), ["b"])) == "SIGTERM"
-    assert board.read() == News(Progress("training", step=1), ["a", "b"], [("running", "")])
-    assert board.read() == News(Progress("training", step=1))
+    assert board.post(News(Progress("training", step=1), ["b"], requests=[Request(1)])) == "SIGTERM"
+    everything = News(Progress("training", step=1), ["a", "b"], [("running", "")], [Request(1)])
+    assert board.read() == board.read() == everything, "the first answer may have got lost"
+    known = NOTHING.plus(everything)
+    assert board.read(known) == News(Progress("training", step=1))
+    board.post(News(None, ["c"]))
+    assert board.read(known).notes == ["c"]
+
+
+# -- the driver's threads ----------------------------------------------------------------------------------------------
+
+
+class Local:
+    """An actor's handle whose methods run here and now; answers to `lost` get lost on the way back."""
+
+    def __init__(self, actor, lost=()):
+        self._actor, self._lost = actor, list(lost)
+
+    def __getattr__(self, name):
+        def remote(*arguments):
+            found = getattr(self._actor, name)(*arguments)
+            if name in self._lost:
+                self._lost.remove(name)
+                return GetTimeoutError("no answer")
+            return found
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """`ray.get` of what `Local` answers."""
+
+    def get(found, timeout=None):
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    for room in (launch.board, launch.waiting, launch.worker, launch.run):
+        monkeypatch.setattr(room.ray, "get", get)
+
+
+def read_for(board, seconds, *takers):
+    """Watches a board for a while, on this thread."""
+    done = threading.Event()
+    threading.Timer(seconds, done.set).start()
+    watch(board, takers, done, 0.02)
+
+
+def test_whatever_goes_wrong_with_news_the_watch_goes_on_and_loses_none(here, caplog):
+    board, got = Board(), []
+    board.post(News(None, ["a"], [("running", "")], [Request(1)]))
+
+    def full(news):
+        if not got:
+            board.post(News(None, ["b"]))
+        got.append(news)
+        raise OSError(28, "No space left on device")
+
+    def broken(news):
+        raise KeyError("never thought of")
+
+    seen = []
+    read_for(Local(board, ["read"]), 0.3, broken, full, seen.append)
+    assert [news.notes for news in seen if news.notes] == [["a"], ["b"]]
+    assert [request for news in seen for request in news.requests] == [Request(1)]
+    assert got == seen
+    assert len(caplog.records) == 2, "once for each kind of error"
+
+
+class Broken(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "full"), ValueError("I/O operation on closed file")])
+def test_trouble_with_printing_is_none_of_the_run(error, monkeypatch):
+    line = ProgressLine(Broken(error))
+    line(News(Progress("training", 1, 2), ["a note"]))
+    line.close()
+    monkeypatch.setattr("sys.stdout", Broken(error))
+    monkeypatch.setattr("sys.stderr", Broken(error))
+    say("words")
+    say("words", error=True)
+
+
+def test_a_reader_that_has_seen_enough_changes_no_exit_code(tmp_path):
+    """Else the interpreter ends with 120, as it tries again to print what it could not."""
+    lines = "from orchestrator.launch.say import say, settle; [say('x' * 1000) for _ in range(200)]; settle()"
+    read, write = os.pipe()
+    os.close(read)
+    process = subprocess.run([sys.executable, "-c", lines], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (process.returncode, process.stderr) == (0, b"")
+
+
+def test_rank_0_goes_on_talking_after_an_error_of_its_line(here, monkeypatch):
+    board = Board()
+    post, trouble = board.post, [RuntimeError("never thought of")]
+    board.post = lambda news: post(news) if not trouble else (_ for _ in ()).throw(trouble.pop())
+    client = BoardClient(Local(board), poll_s=0.02)
+    client.note("a")
+    deadline = time.monotonic() + 30
+    while board.read().notes != ["a"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not trouble
+    client.close()
+
+
+def test_evaluations_are_looked_after_whatever_a_look_raises(monkeypatch):
+    monkeypatch.setattr(launch.evaluations, "_LOOK_S", 0.01)
+    looks, again = [], threading.Event()
+
+    def look():
+        looks.append(1)
+        if len(looks) > 2:
+            again.set()
+        raise KeyError("never thought of")
+
+    with looking(SimpleNamespace(look=look, close=list)):
+        assert again.wait(30)
+
+
+# -- one rank alone ----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_refuses_leaves_its_words_and_the_driver_ends_the_group_that_waits_for_it(here, monkeypatch):
+    board, now = Board(), [1000.0]
+    monkeypatch.setattr(launch.board.time, "monotonic", lambda: now[0])
+    waiting = Waiting(Local(board), Resources(2, 1.0, 0), 900.0)
+    board.admit()
+    assert launch.worker._refused(Local(board), 1, UserError("no weights here"), 1) == {
+        "refused": "no weights here", "exit": 1,
+    }  # fmt: skip
+    board.refuse("rank 0 on h: connection closed", 1)
+    board.post(News(Progress("training")))  # rank 0 talks on while it waits
+    assert not waiting.over(stop=False), "where all ranks refuse, the group ends by itself"
+    now[0] += 60
+    board.post(News(Progress("training")))
+    assert waiting.over(stop=False)
+    assert waiting.refused
+    assert not waiting.over(stop=False), "once"
+    verdict = board.end()[1]
+    assert verdict.refusal == f"rank 1 on {socket.gethostname()}: no weights here"
+    assert verdict.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(WeightsError("torn"), 1), (StorageGoneError("away"), 4), (FencedError("taken"), 3)]
+)
+def test_what_a_restart_cannot_cure_is_on_the_board_with_its_exit_code(here, monkeypatch, error, code):
+    board = Board()
+    context = SimpleNamespace(rank=1, close=lambda: None)
+    monkeypatch.setattr(launch.worker, "RayContext", lambda *_: context)
+    monkeypatch.setattr(launch.worker, "granted_cpus", lambda: 1)
+
+    def train(config, run):
+        raise error
+
+    monkeypatch.setattr(launch.worker, "train", train)
+    monkeypatch.setattr(launch.worker.torch, "set_num_threads", lambda count: None)
+    config = SimpleNamespace(train=SimpleNamespace(threads=1))
+    assignment = launch.worker.Assignment(config, "/nowhere", "0", 1, Local(board), {})
+    assert train_worker({"assignment": assignment}) == {"refused": str(error), "exit": code}
+    assert board.end()[1] == Admission(refusal=f"rank 1 on {socket.gethostname()}: {error}", exit_code=code)
+
+
+def attempt_over(monkeypatch, board, fit):
+    """An attempt whose Ray Train is `fit`."""
+    trainer = SimpleNamespace(fit=fit)
+    monkeypatch.setattr(launch.run, "open_board", lambda failures: Local(board))
+    monkeypatch.setattr(launch.run, "make_trainer", lambda *_, **__: trainer)
+    attempt = _Attempt.__new__(_Attempt)
+    attempt._config = SimpleNamespace(cluster=ClusterConfig())
+    attempt._part, attempt._facts, attempt._question, attempt._folder = 0, {}, None, None
+    attempt._life, attempt._lease = SimpleNamespace(record=None), SimpleNamespace(number=1, lost=None)
+    attempt._stops, attempt._metrics = Stops(), SimpleNamespace(heard=lambda step: None)
+    return attempt
+
+
+def test_a_controller_that_dies_ends_the_run_as_failed_and_is_not_blamed_on_an_older_failure(here, monkeypatch):
+    board = Board()
+    board.failed({0: "something that was mended hours ago"})
+
+    def fit():
+        raise ActorDiedError
+
+    returned, (cause, everything) = attempt_over(monkeypatch, board, fit)._train(Resources(1, 1.0, 0))
+    assert returned == {}
+    assert cause.startswith("Ray Train's controller, which runs on the driver's node")
+    assert cause.endswith("(ActorDiedError)")
+    assert "The actor died unexpectedly" in everything
+
+
+def test_the_driver_says_what_one_rank_refused_with(here, monkeypatch):
+    board, ended = Board(), threading.Event()
+    monkeypatch.setattr(launch.waiting, "_REFUSED_S", 0.1)
+    monkeypatch.setattr(launch.run, "end_controller", ended.set)
+
+    def fit():
+        board.refuse("rank 1 on h: no weights here", 1)
+        assert ended.wait(30), "nobody ended the group"
+        raise ActorDiedError
+
+    attempt = attempt_over(monkeypatch, board, fit)
+    attempt._stops.reason = "SIGTERM"  # a stop that comes meanwhile hides nothing
+    returned, _ = attempt._train(Resources(2, 1.0, 0))
+    assert returned == {"refused": "rank 1 on h: no weights here", "exit": 1}
+
+
+# -- a notice that a node goes away ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("deadline_ms", "until"), [(0, "a little longer"), (3_600_000, "until 01:00:00 UTC")])
+def test_a_notice_that_a_node_goes_is_a_reason_to_stop_that_is_no_persons(monkeypatch, deadline_ms, until):
+    context = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
+    monkeypatch.setattr(launch.worker, "get_train_context", lambda: context)
+    run = RayContext.__new__(RayContext)
+    run._board = SimpleNamespace(stop_reason="")
+    assert run.stop_reason() == ""
+    context.preemption_context.preemption_info = SimpleNamespace(deadline_ms=deadline_ms, preempted_ranks=[1, 3])
+    assert run.stop_reason() == f"{PREEMPTED}: the node of rank 1, 3 is there only {until}"
+    run._board.stop_reason = "SIGTERM"
+    assert run.stop_reason() == "SIGTERM", "a person's wish comes first"
+    run._board = None
+    assert run.stop_reason() == "", "rank 0 tells the others"
 
 
 # -- states of a run ---------------------------------------------------------------------------------------------------
@@ -179,6 +434,17 @@ def test_a_node_that_reads_no_or_other_data_is_named(question, tmp_path):
     nowhere = replace(question.config, data=replace(question.config.data, source=str(tmp_path)))
     assert "cannot read data.source=" in answer(replace(question, config=nowhere)).trouble
     assert "sees other data at data.source=" in answer(replace(question, manifest="0" * 64)).trouble
+
+
+def test_a_node_whose_disk_fails_in_any_way_is_not_fit(question, monkeypatch):
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Manifest, "load", stale)
+    found = answer(question)
+    assert found.trouble.startswith("cannot read data.source=")
+    assert "Stale file handle" in found.trouble
+    assert found.away
 
 
 def test_a_node_from_which_storage_only_swallows_packets_says_so_in_time(question, monkeypatch):

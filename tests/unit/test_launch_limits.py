@@ -2,17 +2,24 @@
 
 import logging
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
 from itpn_core.errors import UserError
+from orchestrator.config.errors import SettingError
+from orchestrator.config.load import load
+from orchestrator.config.tree import PretrainConfig
+from orchestrator.launch.check import _check_settings
 from orchestrator.launch.cluster import Resources, wanted_cpus
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.limits import Group, parse
-from orchestrator.launch.stops import StopRequest, Stops
+from orchestrator.launch.stops import StopRequest, Stops, terminated_as_interrupted
 
 
 def test_worker_groups_are_read_as_written():
@@ -61,6 +68,77 @@ def test_a_signal_interrupts_only_what_has_nothing_to_save(capfd):
             raise AssertionError("a signal came before")
     assert signal.getsignal(signal.SIGTERM) == before
     assert "SIGINT: saving a checkpoint and stopping" in capfd.readouterr().err
+
+
+def test_failures_cannot_be_counted_below_none():
+    """Ray takes -1 for no limit, and pauses and warnings would go by it."""
+    with pytest.raises(SettingError, match=r"cluster\.max_failures=-1: it must be at least 0"):
+        _check_settings(load(PretrainConfig, None, ["cluster.max_failures=-1", "data.image_size=224"]))
+
+
+def test_a_terminal_that_closes_is_a_request_to_stop_but_never_the_second_one(capfd):
+    before, told = signal.getsignal(signal.SIGHUP), []
+    with Stops() as stops:
+        stops.tell = told.append
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)  # the shell says it too
+        assert told == ["SIGHUP"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGHUP) == before
+    assert "SIGHUP: saving a checkpoint and stopping" in capfd.readouterr().err
+
+
+def test_under_nohup_a_terminal_that_closes_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stops() as stops, stops.interrupting():
+            stops.listen()
+            os.kill(os.getpid(), signal.SIGHUP)
+        with terminated_as_interrupted():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stops.reason == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_sweep_ends_as_by_an_interrupt_when_its_terminal_closes():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        with terminated_as_interrupted():
+            with pytest.raises(KeyboardInterrupt), terminated_as_interrupted():
+                os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # the shell says it too, while the sweep is brought to its end
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+HUNG_UP = """
+import os, signal, sys, time
+from orchestrator.launch.stops import Stops
+with Stops() as stops:
+    os.write(int(sys.argv[1]), b"ready")
+    while not stops.reason:
+        time.sleep(0.01)
+    print("to nowhere", flush=True)  # Ray, logging and others print too
+    os.write(int(sys.argv[1]), stops.reason.encode())
+"""
+
+
+def test_words_to_a_terminal_that_is_gone_break_nothing():
+    """A process with a terminal of its own, which closes as when a connection drops."""
+    master, slave = pty.openpty()
+    read, write = os.pipe()
+    command = ["setsid", "--ctty", sys.executable, "-c", HUNG_UP, str(write)]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, pass_fds=[write])
+    os.close(slave)
+    os.close(write)
+    assert os.read(read, 5) == b"ready"
+    os.close(master)
+    assert os.read(read, 6) == b"SIGHUP"
+    assert process.wait(60) == 0
+    os.close(read)
 
 
 class _Cache(dict[int, bool]):

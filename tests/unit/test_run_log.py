@@ -241,7 +241,7 @@ def test_a_silent_owner_loses_the_run_and_can_do_nothing_when_it_wakes(folder):
     writer.begin()
     writer.commit(1)
     impatient = Lease.__new__(Lease)
-    impatient._quiet_seconds = lambda number: 700.0
+    impatient._quiet_seconds = lambda entry, owner: 700.0
     impatient.__init__(folder, 600.0, Elsewhere("awake"))
     assert "has not renewed its lease for 700 s (run.lease_s=600)" in impatient.taken_from
     with pytest.raises(FencedError, match="lease has passed on \\(to host awake"):
@@ -260,7 +260,7 @@ def test_the_age_of_a_lease_is_told_by_the_storage(folder, monkeypatch):
     first = Lease(folder, 600.0, Elsewhere("a"))
     first._end.set()
     monkeypatch.setattr(time, "time", lambda: 0.0)  # a host whose clock is wrong
-    assert 0 <= first._quiet_seconds(first.number) < 60
+    assert 0 <= first._quiet_seconds(first.number, first.number) < 60
     with pytest.raises(HeldError):
         Lease(folder, 600.0, Elsewhere("b"))
     assert folder.names("log") == ["00000001.json"]
@@ -270,9 +270,9 @@ def test_the_last_renewal_counts_and_not_the_beginning(folder):
     with Lease(folder, 600.0, Elsewhere("a")) as first:
         entry = folder.local_path("log/00000001.json")
         os.utime(entry, (entry.stat().st_mtime - 1000,) * 2)
-        assert first._quiet_seconds(1) > 900
+        assert first._quiet_seconds(1, 1) > 900
         first.renew()
-        assert first._quiet_seconds(1) < 60
+        assert first._quiet_seconds(1, 1) < 60
         with pytest.raises(HeldError):
             Lease(folder, 600.0, Elsewhere("b"))
 
@@ -286,6 +286,86 @@ def test_a_lease_that_is_renewed_stays(folder):
         with pytest.raises(HeldError):
             Lease(folder, 0.4, Elsewhere("b"))
         first.check()
+
+
+def age(folder, key, seconds):
+    entry = folder.local_path(key)
+    os.utime(entry, (entry.stat().st_mtime - seconds,) * 2)
+
+
+class Forgetful(Folder):
+    """A folder that, while told so, denies once what it lists, or raises what nobody thought of."""
+
+    deny, wrong = "", None
+
+    def get(self, key):
+        if self.wrong:
+            raise self.wrong
+        if key == self.deny:
+            raise FileNotFoundError(f"{self.uri}/{key}")
+        return super().get(key)
+
+
+def test_a_run_whose_log_is_gone_is_lost_and_its_driver_says_so(folder):
+    lease = Lease(folder, 600.0, Elsewhere("a"))
+    writer = Writer(folder, lease.number)
+    folder.delete_tree("log")
+    assert RunLog(folder).last(lease.number) is None
+    with pytest.raises(FencedError, match=r"\(log/\) is gone, so nothing may be committed; was the folder deleted"):
+        lease.check()
+    with pytest.raises(FencedError, match="was the folder deleted"):
+        writer.begin()
+    lease.release()  # raises nothing
+    assert folder.names("log") == []
+
+
+def test_an_entry_that_storage_lists_and_denies_is_trouble_of_storage(tmp_path):
+    folder = Forgetful(str(tmp_path / "run"))
+    lease = Lease(folder, 600.0, Elsewhere("a"))
+    folder.deny = "log/00000001.json"
+    with pytest.raises(StorageError, match="is listed, but storage says that it is not there"):
+        lease.check()
+    assert lease.lost is None
+    lease.release()  # raises nothing
+    folder.deny = ""
+    lease.check()
+
+
+@pytest.mark.parametrize("wrong", [FileNotFoundError("gone for a moment"), KeyError("never thought of")])
+def test_a_lease_is_renewed_again_after_any_trouble(tmp_path, wrong, caplog):
+    folder = Forgetful(str(tmp_path / "run"))
+    with Lease(folder, 0.2, Elsewhere("a")) as lease:
+        folder.wrong = wrong
+        deadline = time.monotonic() + 30
+        while "the lease was not renewed" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        folder.wrong = None
+        folder.delete(["log/beat-00000001"])
+        while not folder.exists("log/beat-00000001"):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert lease.lost is None
+
+
+def test_an_owner_whose_entry_is_gone_is_judged_by_its_last_sign_of_life(folder):
+    first = Lease(folder, 600.0, Elsewhere("a"))
+    first._end.set()
+    first.renew()
+    writer = Writer(folder, first.number)
+    writer.begin()
+    folder.delete(["log/00000001.json"])
+    age(folder, "log/00000002.json", 5000)
+    with pytest.raises(HeldError, match="held by a driver on host unknown"):
+        Lease(folder, 600.0, Elsewhere("b"))
+    age(folder, "log/beat-00000001", 5000)
+    with Lease(folder, 600.0, Elsewhere("b")) as second:
+        assert "has not renewed its lease for 5" in second.taken_from
+        with pytest.raises(FencedError, match="lease has passed on"):
+            first.check()
+        with pytest.raises(FencedError):
+            writer.commit(1)
+    writer.close()
 
 
 def test_the_process_of_this_host_is_known_to_live_or_not():
