@@ -19,6 +19,7 @@ from orchestrator.launch.place import local_directory
 from orchestrator.launch.record import RunRecord
 from orchestrator.launch.worker import Assignment, train_worker
 
+_COLLECTIVE_S = 1800.0
 GROUP_STARTS = 4
 """How often Ray Train waits for room for a group before it gives up."""
 
@@ -38,6 +39,15 @@ class _Failures(UserCallback):  # type: ignore[misc]
         with contextlib.suppress(RayError):  # a driver that is gone has no use for it
             errors = {rank: str(error) or type(error).__name__ for rank, error in worker_exceptions.items()}
             ray.get(self._board.failed.remote(errors), timeout=10)
+
+
+def collective_timeout_s(config: JobConfig) -> int:
+    """How long a rank waits for the others in one call: longer than any of them may rightly take.
+
+    At the end rank 0 may try to save for `checkpoint.max_age_s`. Ranks that hang are the watchdog's, long before.
+    """
+    patient = (config.checkpoint.max_age_s, config.checkpoint.stop_deadline_s, config.data.store.give_up_s)
+    return int(max(_COLLECTIVE_S, *patient) + _COLLECTIVE_S)
 
 
 def make_trainer(
@@ -79,7 +89,7 @@ def make_trainer(
             accelerator_type=resources.accelerator or None,
             elastic_resize_monitor_interval_s=config.cluster.resize_s,
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo", timeout_s=collective_timeout_s(config)),
         run_config=RunConfig(
             # Ray's own record of the start stays on the driver's host, where its controller runs: what is resumed from
             # is our committed checkpoint on run storage, so Ray needs no storage that every host reaches.
