@@ -209,6 +209,38 @@ def test_a_rank_that_fails_is_the_first_that_is_heard_and_the_job_ends_with_1(he
     assert record(folder)["state"] == "failed"
 
 
+def test_a_mistake_that_one_rank_alone_finds_ends_the_job_with_1_within_a_minute_in_its_words(here):
+    """The other rank waits for it in a collective call, whose own limit is half an hour."""
+    folder = here.folder("alone")
+    began = time.monotonic()
+    job = here.start("run.name=alone", "cluster.workers=2", *ENDLESS, program="tests/e2e/one_rank_refuses.py")
+    text = ended(job, 1)
+    assert time.monotonic() - began < 60
+    (line,) = [line for line in text.splitlines() if line.startswith("error")]
+    assert re.fullmatch(r"error: rank 1 on \S+: the teacher's weights on this host are torn", line)
+    assert record(folder)["state"] == "failed"
+    assert record(folder)["history"][-1]["reason"] in line
+
+
+def test_a_terminal_that_closes_stops_a_run_on_a_ray_of_its_own_after_a_checkpoint(here):
+    """As when an ssh session ends: the signal goes to the driver and to all that it has started."""
+    home, folder = here.home, here.folder("closed")
+    job = subprocess.Popen(
+        [sys.executable, "jobs/pretrain.py", *TINY, "eval.queries=8", "run.name=closed", *ENDLESS],
+        cwd=ROOT, env=job_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    wait_for("a commit", lambda: committed(folder), job)
+    os.killpg(job.pid, signal.SIGHUP)
+    time.sleep(0.3)
+    os.killpg(job.pid, signal.SIGHUP)  # the kernel says it, and the shell
+    text = ended(job, 0)
+    assert "SIGHUP: saving a checkpoint and stopping" in text
+    step = int(re.search(r"stopped \(SIGHUP\) at step (\d+)", text)[1])
+    assert committed(folder)[-1] == step
+    assert record(folder)["state"] == "stopped"
+
+
 def test_two_interrupts_end_the_job_with_130(here):
     folder = here.folder("twice")
     job = here.start("run.name=twice", *ENDLESS)
