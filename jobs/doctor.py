@@ -2,7 +2,8 @@
 
     python jobs/doctor.py --recipe jobs/recipes/first_run.yaml
 
-A few steps are run at 1, 2 and 4 ranks and across a kill. Exit code: 0 all well, 1 a check failed, 2 wrong settings.
+A few steps are run at 1, 2 and 4 ranks and across a kill. Exit code: 0 all well, 1 a check failed, 2 settings
+that cannot be read.
 """
 
 from __future__ import annotations

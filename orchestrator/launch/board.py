@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.launch.background import Rounds
 from orchestrator.launch.failure import Complaint, backoff_seconds, first_failure
+from orchestrator.train.context import CLOSING
 from orchestrator.train.results import Request, Result
 
 
@@ -23,7 +24,7 @@ class Progress:
     """What a person wants to know while a run goes on."""
 
     stage: str
-    """ "starting", "evaluating", "training", "saving" or "finished"."""
+    """ "starting", "evaluating", "training", "saving", "finished", "closing" or "refused"."""
     step: int = 0
     total: int = 0
     epoch: int = 0
@@ -67,6 +68,8 @@ class Group(NamedTuple):
     """For how many seconds none was heard."""
     refused_s: float
     """How many seconds ago a rank refused to go on; 0 = none has."""
+    closing: bool
+    """Whether rank 0 is bringing what it has onto storage after an error."""
 
 
 class Told(NamedTuple):
@@ -178,7 +181,9 @@ class Board:
     def group(self) -> Group:
         """How the worker group is."""
         now = time.monotonic()
-        return Group(self._running, now - self._heard, now - self._refused_at if self._verdict.refusal else 0.0)
+        refused_s = now - self._refused_at if self._verdict.refusal else 0.0
+        closing = self._progress is not None and self._progress.stage == CLOSING
+        return Group(self._running, now - self._heard, refused_s, closing)
 
     def end(self) -> tuple[str, Admission]:
         """Which failure came first in the group that failed last, and the verdict."""

@@ -17,6 +17,8 @@ _SILENT_S = 20.0
 """A group that says nothing for so long is not there to save anything: rank 0 speaks twice a second."""
 _REFUSED_S = 20.0
 """Where all ranks refuse, they have ended by then; else one refused alone, and the others wait for it for ever."""
+_CLOSING_S = 300.0
+"""While rank 0 still closes: its last save and the journal have limits of their own, which are shorter."""
 _ASK_S = 5.0
 
 
@@ -52,7 +54,7 @@ class Waiting:
             group: Group = ray.get(self._board.group.remote(), timeout=_ASK_S)
         except RayError:
             return False  # the board's host is this one: the next look tells
-        if group.refused_s > _REFUSED_S:
+        if group.refused_s > (_CLOSING_S if group.closing else _REFUSED_S):
             self.ended = self.refused = True
         elif stop and (not group.running or group.silent_s > _SILENT_S):
             self.ended = True

@@ -27,7 +27,7 @@ from orchestrator.launch.failure import Complaint, last_line
 from orchestrator.launch.metrics import TrainingMetrics
 from orchestrator.launch.nodes import Question, check_here
 from orchestrator.launch.place import local_directory
-from orchestrator.train.context import PREEMPTED
+from orchestrator.train.context import CLOSING, PREEMPTED, REFUSED
 from orchestrator.train.loop import train
 from orchestrator.train.results import Request, Result
 
@@ -84,7 +84,7 @@ class RayContext:
     ) -> None:  # fmt: skip
         """As `RunContext.progress`."""
         if self._board:
-            if not self._told:
+            if not self._told and stage not in (CLOSING, REFUSED):
                 self._told = True
                 self._board.state("resumed" if step else "running", f"step {step}, {self.world} workers")
             self._board.post(Progress(stage, step, total, epoch, loss, speed, seconds_per_step))
@@ -144,14 +144,14 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         _complain(assignment.board, run.rank, error)
         raise
     except StorageGoneError as error:
-        return _refused(assignment.board, run.rank, error, EXIT_STORAGE)
+        return _refused(assignment.board, run, error, EXIT_STORAGE)
     except FencedError as error:
-        return _refused(assignment.board, run.rank, error, EXIT_HELD)
+        return _refused(assignment.board, run, error, EXIT_HELD)
     except DataError as error:
         _complain(assignment.board, run.rank, error)
         raise  # may be one rank's storage trouble, which a restart can cure
     except UserError as error:
-        return _refused(assignment.board, run.rank, error, EXIT_FAILED)
+        return _refused(assignment.board, run, error, EXIT_FAILED)
     except Exception as error:
         _complain(assignment.board, run.rank, error)
         raise
@@ -159,13 +159,14 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
         run.close()
 
 
-def _refused(board: Any, rank: int, error: UserError, code: int) -> dict[str, Any]:
+def _refused(board: Any, run: RayContext, error: UserError, code: int) -> dict[str, Any]:
     """What a rank returns that says what is wrong instead of failing: a restart would find it again.
 
     Mostly every rank finds the same. Where one is alone with it, the others wait for it in a collective call, and the
     driver, which finds the words on the board, ends the group.
     """
-    _ask(board.refuse.remote(f"rank {rank} on {socket.gethostname()}: {error}", code))
+    run.progress(REFUSED)
+    _ask(board.refuse.remote(f"rank {run.rank} on {socket.gethostname()}: {error}", code))
     return {"refused": str(error), "exit": code}
 
 

@@ -11,6 +11,10 @@ import torch
 from orchestrator.data.folder import Folder
 from orchestrator.train.results import Request, Result
 
+CLOSING = "closing"
+"""Stage of a rank 0 that brings what it has onto storage after an error."""
+REFUSED = "refused"
+"""Stage of a rank 0 that has ended because of an error that a restart would meet again."""
 PREEMPTED = "preempted"
 """A stop reason that begins with it is no person's wish: the run goes on elsewhere."""
 

@@ -23,7 +23,7 @@ from orchestrator.track.journal import JournalError
 from orchestrator.train.beside import WISH, Beside
 from orchestrator.train.build import build_state, training_order
 from orchestrator.train.compiling import run_eager
-from orchestrator.train.context import PREEMPTED, RunContext
+from orchestrator.train.context import CLOSING, PREEMPTED, RunContext
 from orchestrator.train.goodput import Goodput
 from orchestrator.train.hosts import find_hosts
 from orchestrator.train.kind import open_kind
@@ -100,8 +100,10 @@ class Engine:
         self._exit.callback(self.records.close)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.watchdog.end()  # also after an error, what is on its way to storage may take longer than a step
+        if kind is not None:
+            self.run.progress(CLOSING, step=self.state.step, total=self.total)
         self._exit.close()
 
     # -- start ------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from orchestrator.checkpoint.runlog import FencedError, RunLog
 from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.data.manifest import Manifest
-from orchestrator.launch.board import NOTHING, Admission, Board, BoardClient, News, Progress, watch
+from orchestrator.launch import waiting as waiting_module
+from orchestrator.launch.board import NOTHING, Admission, Board, BoardClient, Group, News, Progress, watch
 from orchestrator.launch.cluster import Resources
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.evaluations import looking
@@ -110,7 +111,7 @@ def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
     board = Board(max_failures=3)
     assert board.group()[0] is False
     board.admit()
-    running, silent, refused = board.group()
+    running, silent, refused, _ = board.group()
     assert running
     time.sleep(0.05)
     assert board.group().silent_s >= silent + 0.05
@@ -124,6 +125,32 @@ def test_the_board_knows_whether_a_group_runs_and_for_how_long_it_was_silent():
     board.failed({0: "x"})
     board.post(News(None))  # last words
     assert board.group()[0] is False
+
+
+class Answers:
+    """A board as Ray gives it to the driver."""
+
+    def __init__(self, group):
+        self.group = SimpleNamespace(remote=lambda: group)
+
+
+@pytest.mark.parametrize(
+    ("refused_s", "closing", "over"), [(10, False, False), (30, False, True), (30, True, False), (400, True, True)]
+)
+def test_a_rank_0_that_still_saves_is_not_cut_off_by_a_refusal(monkeypatch, refused_s, closing, over):
+    monkeypatch.setattr(waiting_module.ray, "get", lambda answer, timeout: answer)
+    group = Group(running=True, silent_s=0.1, refused_s=refused_s, closing=closing)
+    assert Waiting(Answers(group), None, 1000.0).over(stop=False) is over
+
+
+def test_the_board_knows_that_rank_0_is_closing():
+    board = Board()
+    board.post(News(Progress("training")))
+    assert not board.group().closing
+    board.post(News(Progress("closing")))
+    assert board.group().closing
+    board.post(News(Progress("refused")))
+    assert not board.group().closing
 
 
 def test_news_are_told_until_the_driver_has_them_and_a_stop_request_reaches_rank_0():
@@ -266,7 +293,7 @@ def test_a_rank_that_refuses_leaves_its_words_and_the_driver_ends_the_group_that
     monkeypatch.setattr(launch.board.time, "monotonic", lambda: now[0])
     waiting = Waiting(Local(board), Resources(2, 1.0, 0), 900.0)
     board.admit()
-    assert launch.worker._refused(Local(board), 1, UserError("no weights here"), 1) == {
+    assert launch.worker._refused(Local(board), SimpleNamespace(rank=1, progress=lambda stage: None), UserError("no weights here"), 1) == {
         "refused": "no weights here", "exit": 1,
     }  # fmt: skip
     board.refuse("rank 0 on h: connection closed", 1)
@@ -287,7 +314,8 @@ def test_a_rank_that_refuses_leaves_its_words_and_the_driver_ends_the_group_that
 )
 def test_what_a_restart_cannot_cure_is_on_the_board_with_its_exit_code(here, monkeypatch, error, code):
     board = Board()
-    context = SimpleNamespace(rank=1, close=lambda: None)
+    stages = []
+    context = SimpleNamespace(rank=1, close=lambda: None, progress=stages.append)
     monkeypatch.setattr(launch.worker, "RayContext", lambda *_: context)
     monkeypatch.setattr(launch.worker, "granted_cpus", lambda: 1)
 
@@ -300,6 +328,7 @@ def test_what_a_restart_cannot_cure_is_on_the_board_with_its_exit_code(here, mon
     assignment = launch.worker.Assignment(config, "/nowhere", "0", 1, Local(board), {})
     assert train_worker({"assignment": assignment}) == {"refused": str(error), "exit": code}
     assert board.end()[1] == Admission(refusal=f"rank 1 on {socket.gethostname()}: {error}", exit_code=code)
+    assert stages == ["refused"]
 
 
 def attempt_over(monkeypatch, board, fit):
