@@ -293,7 +293,8 @@ def test_a_rank_that_refuses_leaves_its_words_and_the_driver_ends_the_group_that
     monkeypatch.setattr(launch.board.time, "monotonic", lambda: now[0])
     waiting = Waiting(Local(board), Resources(2, 1.0, 0), 900.0)
     board.admit()
-    assert launch.worker._refused(Local(board), SimpleNamespace(rank=1, progress=lambda stage: None), UserError("no weights here"), 1) == {
+    alone = SimpleNamespace(rank=1, progress=lambda stage: None)
+    assert launch.worker._refused(Local(board), alone, UserError("no weights here"), 1) == {
         "refused": "no weights here", "exit": 1,
     }  # fmt: skip
     board.refuse("rank 0 on h: connection closed", 1)
