@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +92,16 @@ def tiny_config(data: str, storage: Path, *words: str) -> PretrainConfig:
         f"track.uri=sqlite:///{storage}/mlflow.db",
     ]
     return resolve(load(PretrainConfig, None, [*TINY, *places, *words]), {"ITPN_HOME": str(storage)})
+
+
+@contextlib.contextmanager
+def hearing_hangups() -> Iterator[None]:
+    """Lets a closed terminal be heard here and in processes started meanwhile, also where pytest runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 class LocalRun:

@@ -194,7 +194,7 @@ def shapes(values):
 
 def test_only_rank_0_is_traced(data, tmp_path):
     """Ranks of a host share the run's directory."""
-    config = tiny_config(data, tmp_path, "profile.steps=2..3")
+    config = tiny_config(data, tmp_path, "profile.steps=2..3", "train.precision=fp32")  # auto asks the other rank
     with Engine(config, LocalRun(config, 1, 2)) as engine:
         engine.profiler.before(2)
         engine.profiler.after(3)

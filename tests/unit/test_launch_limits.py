@@ -20,6 +20,7 @@ from orchestrator.launch.cluster import Resources, wanted_cpus
 from orchestrator.launch.config import ClusterConfig
 from orchestrator.launch.limits import Group, parse
 from orchestrator.launch.stops import StopRequest, Stops, terminated_as_interrupted
+from tests.support import hearing_hangups
 
 
 def test_worker_groups_are_read_as_written():
@@ -76,6 +77,7 @@ def test_failures_cannot_be_counted_below_none():
         _check_settings(load(PretrainConfig, None, ["cluster.max_failures=-1", "data.image_size=224"]))
 
 
+@hearing_hangups()
 def test_a_terminal_that_closes_is_a_request_to_stop_but_never_the_second_one(capfd):
     before, told = signal.getsignal(signal.SIGHUP), []
     with Stops() as stops:
@@ -103,6 +105,7 @@ def test_under_nohup_a_terminal_that_closes_changes_nothing():
         signal.signal(signal.SIGHUP, before)
 
 
+@hearing_hangups()
 def test_a_sweep_ends_as_by_an_interrupt_when_its_terminal_closes():
     before = signal.getsignal(signal.SIGHUP)
     try:
@@ -126,6 +129,7 @@ with Stops() as stops:
 """
 
 
+@hearing_hangups()
 def test_words_to_a_terminal_that_is_gone_break_nothing():
     """A process with a terminal of its own, which closes as when a connection drops."""
     master, slave = pty.openpty()
