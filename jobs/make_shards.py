@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = ShardOptions(**asked)
         store = StoreConfig(endpoint=endpoint)
         manifest = make_shards(source, dest, options, cache=cache.expanduser(), store_config=store)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(summary(manifest, dest))

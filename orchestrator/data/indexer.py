@@ -22,6 +22,10 @@ from orchestrator.data.quarantine import Damage
 from orchestrator.data.store import Store, StoreConfig, open_store
 
 _SPLIT_NAME = re.compile(r"(?:^|/)(train|val|validation|test)(?=[-_./0-9]|$)")
+_SPLIT_WITHIN = re.compile(r"[-_.](train|val|validation|test)(?=[-_.0-9]|$)")
+"""Names such as `imagenet1k-validation-00.tar`; the last such word counts."""
+_VERIFIED = 256
+"""Samples that are verified at once."""
 _SAME = {"validation": "val"}
 
 
@@ -103,7 +107,8 @@ def _split_names(names: list[str], pattern: str, splits: Mapping[str, str], root
     groups: dict[str, list[str]] = {}
     for name in names:
         found = _SPLIT_NAME.search(name)
-        word = found[1] if found else "train"
+        within = _SPLIT_WITHIN.findall(name.rsplit("/", 1)[-1])
+        word = found[1] if found else within[-1] if within else "train"
         groups.setdefault(_SAME.get(word, word), []).append(name)
     return groups
 
@@ -170,7 +175,10 @@ def _verify_one(split: Split, number: int, config: StoreConfig) -> list[Damage]:
     except (IntegrityError, NotFoundError) as error:
         problem = str(error)
     reader = SampleReader(split, DataConfig(source=split.uri, store=config))
-    found = [entry for entry in reader.read(np.arange(first, last)).values() if isinstance(entry, Damage)]
+    found: list[Damage] = []
+    for low in range(first, last, _VERIFIED):  # not the whole shard in memory
+        entries = reader.read(np.arange(low, min(low + _VERIFIED, last))).values()
+        found += [entry for entry in entries if isinstance(entry, Damage)]
     return found or [Damage(-1, f"{split.uri}/{shard.name}", 0, f"{problem}; no sample is affected")]
 
 

@@ -119,11 +119,29 @@ def checked(name: str, label: int, extension: str, data: bytes) -> RawSample:
     try:
         if extension in _CONVERTED:
             with Image.open(io.BytesIO(data)) as image:
-                return RawSample(name, label, "png", png_bytes(image.convert("RGB")))
+                return RawSample(name, label, "png", png_bytes(_eight_bits(image).convert("RGB")))
         decode_rgb(data, _KEPT[extension])
-    except (IntegrityError, OSError, ValueError, SyntaxError) as error:
+    except (
+        IntegrityError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
+    ) as error:  # fmt: skip
         raise UnreadableError(name, str(error)) from error
     return RawSample(name, label, _KEPT[extension], data)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel; PIL's own conversion would clip 16-bit grey at 255.
+
+    Raises:
+        ValueError: numbers that are no 16-bit grey, whose black and white nobody tells.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits first")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"its pixels reach from {pixels.min()} to {pixels.max()}; convert it to 8 or 16 bits first")
+    return Image.fromarray((pixels.astype(np.uint16) >> 8).astype(np.uint8))
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -144,8 +162,15 @@ def _class_folders(folder: Path) -> list[Path]:
 def _folder_source(name: str, folder: Path) -> Source:
     top = _class_folders(folder)
     roots = {"train": folder}
-    if top and all(path.name.lower() in _SPLIT_FOLDERS for path in top) and any(path.name == "train" for path in top):
-        roots = {_SPLIT_FOLDERS[path.name.lower()]: path for path in top}
+    named = {_SPLIT_FOLDERS[path.name.lower()]: path for path in top if path.name.lower() in _SPLIT_FOLDERS}
+    if named.keys() == {"train", "val"} or (len(top) == 1 and "train" in named):
+        others = [path.name for path in top if path.name.lower() not in _SPLIT_FOLDERS]
+        if others:
+            raise SourceError(
+                f"{folder} has folders of splits ({', '.join(path.name for path in named.values())}) and others "
+                f"({', '.join(others[:3])}): move the others away, or give the folder of one split"
+            )
+        roots = named
     classes = tuple(path.name for path in _class_folders(roots["train"]))
     splits: dict[str, SourceSplit] = {}
     digest = hashlib.sha256()
@@ -162,6 +187,12 @@ def _folder_source(name: str, folder: Path) -> Source:
         for path, _ in files:
             digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\n".encode())
         splits[split] = SourceSplit(len(files), _file_reader(files, folder))
+    empty = [split for split in splits if split != "train" and not splits[split].size]
+    if empty and classes:
+        raise SourceError(
+            f"{roots[empty[0]]}: no images in class sub-folders of {roots['train']}; put each image into its class's "
+            "folder, or take the folder away to have a part of train held out"
+        )
     if not classes or not splits["train"].size:
         raise SourceError(
             f"{folder}: no images found. Expected class sub-folders with .jpg, .png or .webp files "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -144,6 +144,8 @@ class Subject:
 
 def flops_of(config: ModelConfig, size: int, setting: Setting) -> int:
     """Floating point operations of one image under a setting, counted on the meta device."""
-    model = Backbone(config, img_size=(size, size), device="meta").eval()
+    # The checkpoint's own reduction may not fit this size, and is not what is counted.
+    whole = replace(config, migration=OFF[0], gathering=OFF[1])
+    model = Backbone(whole, img_size=(size, size), device="meta").eval()
     model.set_token_reduction(*setting)
     return count_flops(model, torch.empty((1, config.in_chans, size, size), device="meta"))

@@ -107,7 +107,9 @@ class Program(nn.Module):
         if self.output == "maps":
             return tuple(self.model.forward_intermediates(images_BCHW, intermediates_only=True))
         if self.output == "features" and self.model.num_classes:
-            return self.model.forward_head(self.model.forward_features(images_BCHW), pre_logits=True)
+            out, _ = self.model.attended(images_BCHW)
+            survivors_BN = out.survivors if self.model.pools_survivors else None
+            return self.model.forward_head(self.model.norm(out.tokens), pre_logits=True, survivors_BN=survivors_BN)
         return self.model(images_BCHW)
 
 

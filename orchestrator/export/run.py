@@ -76,7 +76,10 @@ def prepare(config: ExportConfig, source: Source) -> Subject:
     print(report)
     if config.image_size:
         height, width = config.image_size
-        model.set_input_size((height, width))
+        try:
+            model.set_input_size((height, width))
+        except ValueError as error:
+            raise ConfigError("image_size", [height, width], "does not fit this model", str(error)) from None
     reduction: dict[str, Any] = off if config.plain else given
     model.set_token_reduction(**reduction)
     patch = model.config.patch_size

@@ -59,6 +59,22 @@ def test_splits_by_name_and_resume(tmp_path):
     assert sum(len(b.ids) for b in read(again.manifest.split("val"))[0]) == 11
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("imagenet1k-validation-00.tar", "val"),
+        ("imagenet-val-000000.tar", "val"),
+        ("my-test-set-train-000.tar", "train"),
+        ("val/cars-train-0.tar", "val"),
+        ("trainer-0.tar", "train"),
+        ("evaluation-0.tar", "train"),
+    ],
+)
+def test_a_split_s_name_may_stand_within(tmp_path, name, split):
+    write_tar(tmp_path / name, good(2))
+    assert list(index_shards(str(tmp_path)).manifest.splits) == [split]
+
+
 def test_a_folder_may_look_like_a_pattern(tmp_path):
     write_tar(tmp_path / "a[1]" / "train-0.tar", good(3))
     assert index_shards(str(tmp_path / "a[1]")).manifest.split("train").samples == 3

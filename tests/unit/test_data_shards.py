@@ -20,6 +20,7 @@ from orchestrator.data.errors import IntegrityError, ManifestError, SourceError
 from orchestrator.data.index import ShardIndex, scan_tar
 from orchestrator.data.manifest import Manifest
 from orchestrator.data.shards import ShardOptions, make_shards
+from orchestrator.data.sources import UnreadableError, checked
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,51 @@ def test_source_with_its_own_val_split(photos, tmp_path):
                 (root / split / name / path.name).write_bytes(path.read_bytes())
     manifest, _ = build(root, tmp_path / "a")
     assert {name: sum(s.samples for s in shards) for name, shards in manifest.splits.items()} == {"train": 8, "val": 4}
+
+
+def test_folders_of_splits_may_be_written_otherwise_but_not_mixed_or_empty(photos, tmp_path):
+    root = tmp_path / "own"
+    for split in ("Train", "Val"):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for path in list((photos / name).iterdir())[:3]:
+                (root / split / name / path.name).write_bytes(path.read_bytes())
+    manifest, _ = build(root, tmp_path / "a")
+    assert {name: sum(s.samples for s in shards) for name, shards in manifest.splits.items()} == {"train": 6, "val": 6}
+    (root / "meta").mkdir()
+    with pytest.raises(SourceError, match=r"has folders of splits .* and others .meta.: move the others away"):
+        build(root, tmp_path / "b")
+    (root / "meta").rmdir()
+    for path in list((root / "Val").rglob("*.*")):
+        path.rename(root / "Val" / path.name)
+    with pytest.raises(SourceError, match="Val: no images in class sub-folders"):
+        build(root, tmp_path / "c")
+
+
+def test_sixteen_bits_become_eight_without_clipping():
+    """PIL's own conversion makes nearly all of a 16-bit picture white."""
+    ramp = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
+    file = io.BytesIO()
+    Image.fromarray(ramp).save(file, "TIFF")
+    sample = checked("a.tif", 0, ".tif", file.getvalue())
+    found = np.array(Image.open(io.BytesIO(sample.data)))
+    assert np.array_equal(found, np.repeat((ramp >> 8).astype(np.uint8)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("pixels", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)])
+def test_pixels_without_a_known_white_are_refused(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "TIFF")
+    with pytest.raises(UnreadableError, match="convert it to 8 or 16 bits"):
+        checked("a.tif", 0, ".tif", file.getvalue())
+
+
+def test_a_picture_beyond_all_measure_is_unreadable(monkeypatch):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "TIFF")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UnreadableError, match="decompression bomb"):
+        checked("a.tif", 0, ".tif", file.getvalue())
 
 
 def test_unreadable_images_are_skipped_listed_and_limited(photos, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from itpn_core.evaluation import over_seeds, paired_difference
 from itpn_core.models import Backbone, ModelConfig, export_checkpoint
-from itpn_core.reduction import TokenMigration
+from itpn_core.reduction import TokenGathering, TokenMigration
 from orchestrator.checkpoint.source import open_source
 from orchestrator.config.identity import result_fields
 from orchestrator.config.tree import EvaluateConfig
@@ -18,7 +18,7 @@ from orchestrator.data.store import StoreConfig
 from orchestrator.evaluate.choice import checkpoint_settings
 from orchestrator.evaluate.job import evaluate
 from orchestrator.evaluate.quality import Labelled, Protocol, answers, compare, probe_rates
-from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Subject
+from orchestrator.evaluate.subject import AGAIN, OFF, PLAIN, Subject, flops_of
 from orchestrator.launch.cli import run_job
 from orchestrator.launch.home import resolve
 from orchestrator.launch.record import open_record
@@ -155,6 +155,12 @@ def test_costs_need_no_second_model_and_leave_settings_off():
     assert costs["half"].flops < costs[PLAIN].flops == costs[AGAIN].flops
     assert costs["half"].peak_bytes <= costs[PLAIN].peak_bytes
     assert not subject.model.is_reduced
+
+
+def test_operations_are_counted_without_the_checkpoint_s_own_reduction():
+    """Its window does not fit the smaller grid, and was switched off."""
+    config = ModelConfig(embed_dim=32, depths=(1, 1, 2), num_heads=2, img_size=224, gathering=TokenGathering(window=14))
+    assert flops_of(config, 128, OFF) > 0
 
 
 def test_compared_settings_share_the_rates_that_the_unreduced_model_chose():

@@ -18,6 +18,7 @@ from orchestrator.checkpoint.store import CheckpointStore, Snapshot
 from orchestrator.data.folder import Folder
 from orchestrator.export.compare import difference
 from orchestrator.export.config import FORMATS, ExportConfig
+from orchestrator.export.formats import Program
 from orchestrator.export.run import export
 from orchestrator.launch.cli import run_job
 
@@ -230,6 +231,25 @@ def test_differences_are_relative_to_each_output_and_see_shapes_and_numbers():
 def test_settings_that_cannot_be_exported_are_refused(wrong, words):
     with pytest.raises(UserError, match=words):
         ExportConfig(**wrong)
+
+
+def test_features_average_the_tokens_that_the_classifier_does(tmp_path):
+    survivors = TokenMigration(layers=(1,), keep=(0.5,), pool="survivors")
+    model = classifier(tmp_path / "weights.pt").eval()
+    model.set_token_reduction(migration=survivors)
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.allclose(model.head(Program(model, "features")(images)), model(images), rtol=1e-6, atol=1e-7)
+        model.set_token_reduction(migration=TokenMigration(layers=(1,), keep=(0.5,)))
+        everything = model.head(Program(model, "features")(images))
+    assert not torch.allclose(everything, model.head.bias.expand_as(everything))
+
+
+def test_a_size_that_does_not_fit_is_one_sentence(tmp_path, capsys):
+    classifier(tmp_path / "weights.pt")
+    words = [f"source={tmp_path}/weights.pt", f"dest={tmp_path}/out", "image_size=[225,225]", "num_heads=2"]
+    assert run_job(ExportConfig, "", "", lambda config, _: export(config), lambda config: config, words) == 2
+    assert "image_size = [225, 225]: does not fit this model" in capsys.readouterr().err
 
 
 def test_logits_of_weights_without_a_classifier_are_refused(tmp_path, capsys):
