@@ -190,9 +190,10 @@ class Engine:
         return self._loader
 
     def _timed(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        """Hands the batches on; counts the time without one as data wait.
+        """Hands the batches on; counts the time without one as data wait, and that until the next is asked as compute.
 
-        What the loop does in between has spans of its own: steps, windows, saves, evaluations.
+        What the loop does in between and is something else (saving, evaluation) has spans of its own in there. A step
+        and the reading of a window have theirs too: the watchdog takes every span for a sign of life.
         """
         while True:
             asked = time.perf_counter()
@@ -201,7 +202,8 @@ class Engine:
             self.monitor.waited(time.perf_counter() - asked)
             if batch is None:
                 return
-            yield batch
+            with self.goodput.span("compute"):
+                yield batch
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
