@@ -20,6 +20,7 @@ from orchestrator.launch.record import RunRecord
 from orchestrator.launch.worker import Assignment, train_worker
 
 _COLLECTIVE_S = 1800.0
+"""Ray Train's own limit of a collective call."""
 GROUP_STARTS = 4
 """How often Ray Train waits for room for a group before it gives up."""
 
