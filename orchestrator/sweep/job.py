@@ -172,7 +172,7 @@ def open_space(config: SweepJobConfig) -> Space:
     Raises:
         ConfigError: a parameter that such a sweep cannot change, or a space without a legal setting.
     """
-    parse_limits(config.sweep.limits, MEASURED)
+    parse_limits(config.sweep.limits, OBJECTIVES if config.sweep.mode == TRAIN else MEASURED)
     found = [leaf.key for leaf in leaves(PretrainConfig) if leaf.affects_result]
     if config.sweep.mode == TRAIN:
         known = [key for key in found if not key.startswith(FIXED)]

@@ -7,10 +7,11 @@ even its optimistic bound is beaten (`pruning.py`); the engine then saves and en
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,7 @@ from orchestrator.sweep.legal import with_fields
 from orchestrator.sweep.pruning import should_stop
 from orchestrator.sweep.queue import resting_rungs
 from orchestrator.sweep.state import OutOfMemory, measured
+from orchestrator.train.context import PREEMPTED
 
 OBJECTIVES = ("accuracy", "gflops")
 TOP1 = "eval/knn_top1"
@@ -164,7 +166,7 @@ def train_setting(config: SweepJobConfig, folder: Folder, trial: Trial) -> End |
     callback = Rungs(
         folder.uri, plain.data.store, trial.number, config.sweep, gflops, rungs_of(config), len(curve), board
     )
-    outcome = _fit(plain, run_folder, record, board, callback)
+    outcome = _to_its_end(lambda part: _fit(plain, run_folder, record, board, callback, part))
     curve = journal.curve(trial.number)
     if outcome["stopped"] == RESTS:
         return None
@@ -186,9 +188,20 @@ def _sweep_uid(folder: Folder) -> str:
     return str(json.loads(folder.get(KEY))["run_uid"])
 
 
-def _fit(plain: PretrainConfig, folder: Folder, record: RunRecord, board: Any, callback: Rungs) -> dict[str, Any]:
+def _to_its_end(fit: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    """Trains until the trial ends for another reason than a node that is taken away; `fit` gets numbers from 1."""
+    for part in itertools.count(1):
+        outcome = fit(part)
+        if not outcome["stopped"].startswith(PREEMPTED):
+            break
+    return outcome
+
+
+def _fit(
+    plain: PretrainConfig, folder: Folder, record: RunRecord, board: Any, callback: Rungs, part: int
+) -> dict[str, Any]:
     facts = {"recipe": "sweep", "run.kind": "trial"}
-    trainer = make_trainer(plain, worker_resources(plain), folder, record, facts, board, [callback])
+    trainer = make_trainer(plain, worker_resources(plain), folder, record, facts, board, [callback], part=part)
     try:
         returned: dict[str, Any] = trainer.fit().return_value
     except TrainingFailedError as error:

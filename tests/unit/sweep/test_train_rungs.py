@@ -17,7 +17,15 @@ from orchestrator.sweep.known import FINISHED, PRUNED, Trial
 from orchestrator.sweep.pruning import MIN_FINISHED
 from orchestrator.sweep.read_space import parse_space
 from orchestrator.sweep.results import Point, Results
-from orchestrator.sweep.train import SHARE, beaten, check_train, trial_config, worker_resources
+from orchestrator.sweep.train import (
+    BEATEN,
+    SHARE,
+    _to_its_end,
+    beaten,
+    check_train,
+    trial_config,
+    worker_resources,
+)
 
 SWEEP = SweepConfig(objectives=("accuracy", "gflops"), mode="train")
 SPACE = parse_space({"model.gathering.window": {"choices": [0, 2, 7]}})
@@ -88,6 +96,17 @@ def test_workers_leave_room_for_the_trials_that_wait():
 def test_what_a_training_sweep_cannot_do_is_refused(words, part):
     with pytest.raises(ConfigError, match=part):
         check_train(config(*words))
+
+
+def test_a_trial_whose_node_is_taken_away_goes_on_and_is_not_pruned():
+    outcomes = {1: "preempted: the node of rank 0 is there only a little longer", 2: "preempted: again", 3: ""}
+    assert _to_its_end(lambda part: {"stopped": outcomes[part], "step": part}) == {"stopped": "", "step": 3}
+    assert _to_its_end(lambda part: {"stopped": BEATEN, "step": part})["step"] == 1
+
+
+def test_a_limit_on_what_no_training_trial_measures_is_refused_before_any_runs():
+    with pytest.raises(ConfigError, match=r"no trial measures 'speedup'"):
+        open_space(config("sweep.limits=['speedup >= 1.2']"))
 
 
 @pytest.mark.parametrize("field", ["train.epochs", "train.max_steps", "eval.k"])
