@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from itpn_core.errors import UserError
+from orchestrator.data.errors import DataError, StorageGoneError
 from orchestrator.sweep.journal import End, TrialJournal
 from orchestrator.sweep.known import FAILED, INFEASIBLE, RUNNING, Sampler, Trial
 from orchestrator.sweep.queue import Queue, resting_rungs
@@ -150,10 +151,10 @@ def run_trial(journal: TrialJournal, trial: Trial, measure: Measure, retries: in
             end = found
         except OutOfMemory as error:
             end = _no_result(INFEASIBLE, f"out of memory: {error}", begun)
-        except UserError as error:
-            # The same mistake would be found again.
-            end = _no_result(FAILED, str(error), begun)
         except Exception as error:
+            if isinstance(error, UserError) and not isinstance(error, (DataError, StorageGoneError)):
+                # The same mistake would be found again; storage that is away comes back.
+                return journal.ended(trial.number, _no_result(FAILED, str(error), begun))
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             if journal.failed(trial.number, text) <= retries:
                 continue

@@ -22,11 +22,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from itpn_core.errors import ConfigError, UserError
 from orchestrator.config.identity import result_fields
 from orchestrator.config.tree import PretrainConfig, SweepJobConfig, pretrain_part, with_where
+from orchestrator.data.errors import StorageGoneError
 from orchestrator.data.folder import Folder
 from orchestrator.data.store import StoreConfig
 from orchestrator.evaluate.subject import flops_of
 from orchestrator.launch.board import open_board
 from orchestrator.launch.check import check
+from orchestrator.launch.cli import EXIT_STORAGE
 from orchestrator.launch.cluster import Resources, ready_for_train
 from orchestrator.launch.failure import root_cause
 from orchestrator.launch.record import KEY, RunRecord, open_record
@@ -210,7 +212,7 @@ def _fit(
             raise OutOfMemory(cause) from None
         raise RuntimeError(cause) from None
     if "refused" in returned:
-        raise UserError(returned["refused"])
+        raise (StorageGoneError if returned["exit"] == EXIT_STORAGE else UserError)(returned["refused"])
     outcome: dict[str, Any] = returned["outcome"]
     return outcome
 

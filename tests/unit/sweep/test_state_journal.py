@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from itpn_core.errors import ConfigError, UserError
-from orchestrator.data.folder import Folder
+from orchestrator.data.errors import StorageGoneError
+from orchestrator.data.folder import Folder, StorageError
 from orchestrator.sweep.front import Objective
 from orchestrator.sweep.journal import End, TrialJournal
 from orchestrator.sweep.known import FAILED, FINISHED, INFEASIBLE
@@ -132,14 +133,15 @@ def test_a_failing_trial_is_retried_then_recorded_and_excluded(tmp_path):
     assert open_state(tmp_path).next().number == 1
 
 
-def test_a_trial_that_recovers_counts(tmp_path):
+@pytest.mark.parametrize("error", [RuntimeError, StorageError, StorageGoneError])
+def test_a_trial_that_recovers_counts(tmp_path, error):
     state, attempts = open_state(tmp_path), []
     trial = state.next()
 
     def flaky(found):
         attempts.append(1)
         if len(attempts) == 1:
-            raise RuntimeError("once")
+            raise error("once")
         return measured(FINISHED, values(found), {}, time.time())
 
     assert run_trial(state.journal, trial, flaky, retries=1).state == FINISHED
