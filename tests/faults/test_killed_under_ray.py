@@ -31,9 +31,9 @@ def home(tmp_path_factory):
     return write_home(tmp_path_factory.mktemp("root"))
 
 
-def start(home, name):
+def start(home, name, out=subprocess.PIPE):
     return subprocess.Popen(
-        [sys.executable, "jobs/pretrain.py", *TINY, *WORDS, f"run.name={name}"], cwd=ROOT, stdout=subprocess.PIPE,
+        [sys.executable, "jobs/pretrain.py", *TINY, *WORDS, f"run.name={name}"], cwd=ROOT, stdout=out,
         stderr=subprocess.STDOUT, env=job_environment(home), text=True,
     )  # fmt: skip
 
@@ -63,13 +63,25 @@ def newest_commit(run):
     return max(steps, default=0)
 
 
-def wait_for_commit(run, step, driver):
+def wait_for_commit(run, step, driver, said):
     until = time.monotonic() + 300
     while newest_commit(run) < step:
-        assert driver.poll() is None, driver.stdout.read()
+        assert driver.poll() is None, said.read_text()
         assert time.monotonic() < until
         time.sleep(0.02)
-    return newest_commit(run)
+
+
+def resumptions(text):
+    return [int(step) for step in re.findall(r"resumed from the checkpoint of step (\d+) of", text)]
+
+
+def wait_for_words(said, count, driver):
+    """What groups say first reaches the driver's output up to a second later, when steps are committed already."""
+    until = time.monotonic() + 60
+    while len(resumptions(said.read_text())) < count:
+        assert driver.poll() is None, said.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def workers(driver):
@@ -81,25 +93,29 @@ def workers(driver):
 
 def test_three_kills_of_workers_and_one_of_the_driver_change_no_loss(home, whole):
     expected = curve(whole)
-    run, at = home / "runs" / "killed", []
-    with start(home, "killed") as driver:
-        for victim in (0, -1, 0):
-            at.append(wait_for_commit(run, (at[-1] if at else 0) + MARGIN, driver))
+    run, at, said = home / "runs" / "killed", [], home / "said.txt"
+    with said.open("w") as out, start(home, "killed", out) as driver:
+        for number, victim in enumerate((0, -1, 0)):
+            wait_for_commit(run, (at[-1] if at else 0) + MARGIN, driver, said)
+            wait_for_words(said, number, driver)
+            at.append(newest_commit(run))
             group = workers(driver)
             os.kill(group[victim].pid, signal.SIGKILL)
             psutil.wait_procs(group, timeout=60)  # of the group that is over nothing more can be committed
-        at.append(wait_for_commit(run, at[-1] + MARGIN, driver))
+        wait_for_commit(run, at[-1] + MARGIN, driver, said)
+        wait_for_words(said, 3, driver)
+        at.append(newest_commit(run))
         driver.kill()
-        text = driver.stdout.read()
+    text = said.read_text()
     assert [f"failure {n} of at most 3" in text for n in (1, 2, 3, 4)] == [True, True, True, False], text
-    resumed = [int(step) for step in re.findall(r"resumed from the checkpoint of step (\d+) of", text)]
+    resumed = resumptions(text)
     assert len(resumed) == 3
     assert all(step >= seen for step, seen in zip(resumed, at, strict=False)), "a commit that was seen is not lost"
     assert at[-1] < max(expected), "killed in mid-run"
 
     text = finish(home, "killed")
     assert "attempt 2" in text
-    assert int(re.search(r"resumed from the checkpoint of step (\d+) of", text)[1]) >= at[-1]
+    assert resumptions(text)[0] >= at[-1]
     assert curve(run) == expected  # every bit
     ledger = Trace.loads((run / KEY).read_bytes()).ledger
     assert ledger.restarts == 4
